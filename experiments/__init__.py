@@ -1,0 +1,1 @@
+"""Entry scripts: each reads top to bottom like the algorithm box of the paper."""

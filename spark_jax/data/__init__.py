@@ -1,0 +1,1 @@
+"""Records, task formats, and tasks."""

@@ -1,0 +1,1 @@
+"""Grading, pass@k, ProcessBench scores and confidence intervals."""

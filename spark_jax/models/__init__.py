@@ -1,0 +1,1 @@
+"""Functional transformer: config, parameters, forward, prefill, decode step, checkpoints."""

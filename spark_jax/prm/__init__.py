@@ -1,0 +1,1 @@
+"""SPARK stage II: generative process reward models."""

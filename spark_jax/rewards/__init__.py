@@ -1,0 +1,1 @@
+"""Rewards: format checks, outcome rewards, reward-model verdicts, process rewards."""

@@ -1,0 +1,1 @@
+"""Train state, optimisers, train steps, checkpoints and metrics."""

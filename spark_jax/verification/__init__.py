@@ -1,0 +1,1 @@
+"""SPARK stage I: step-by-step verifications without references."""
