@@ -6,4 +6,4 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("spark_jax", "beartype.beartype")
+install_import_hook("spark_jax", "typechecking.check")
