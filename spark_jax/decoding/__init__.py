@@ -1,0 +1,6 @@
+"""Sampling, the jitted batched decoder, and slot scheduling."""
+
+from spark_jax.decoding.generate import generate as generate
+from spark_jax.decoding.generate import layout as layout
+from spark_jax.decoding.rollout import Rollout as Rollout
+from spark_jax.decoding.sampling import Sampling as Sampling

@@ -1,0 +1,303 @@
+"""The jitted batched decoder: continuous batching inside one program.
+
+W slots make a lane; the slots of a lane sample from one prompt, whose keys and values they share.
+The outer loop admits waiting prompts into lanes that have no work left (one prefill for several);
+the inner loop decodes one token for every slot, and hands a slot that finished the next sample of
+its lane's prompt, which costs no prefill at all.
+
+All slots write their new keys at one common column of a ring, so a write is one slice update. How
+many of the ring's latest columns are a slot's own follows from its token count. The inner loop runs
+on a ring just large enough for the longest response under way, so attention is bounded to what is
+filled; the rings come in a few sizes, each compiled once into the program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spark_jax.decoding.sampling import Sampling, sample
+from spark_jax.models import cache as kv_cache
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static sizes of a decode program."""
+
+    lanes: int  # R
+    width: int  # W, slots per lane
+    group_size: int  # G, samples per prompt
+    columns: int  # T, most response tokens
+    prefill: int  # prompts prefilled at once, and the free lanes that are waited for
+
+    @property
+    def rings(self) -> tuple[int, ...]:
+        """Ring sizes, ascending: T and its halves down to 64, three at most."""
+        sizes = [self.columns]
+        while len(sizes) < 3 and sizes[-1] >= 128:
+            sizes.append(-(-sizes[-1] // 2))
+        return tuple(reversed(sizes))
+
+
+@flax.struct.dataclass
+class Requests:
+    tokens: Any  # [P, L] right-padded
+    lengths: Any  # [P]
+    max_new_tokens: Any  # [P]
+    sampling: Sampling  # [P] fields
+    count: Any  # [] the first `count` prompts are real, the rest padding
+
+
+@flax.struct.dataclass
+class Outputs:
+    tokens: Any  # [B, T]
+    logprobs: Any  # [B, T]
+    sampling_logprobs: Any  # [B, T]
+    counts: Any  # [B] response tokens
+    finished: Any  # [B] ended by a stop id
+    steps: Any  # []
+
+
+@flax.struct.dataclass
+class _Lanes:
+    """What each lane and slot is at. A slot with request B is idle."""
+
+    prompt: Any  # [R] index of the lane's prompt
+    next_sample: Any  # [R] the next of the prompt's samples to hand out
+    request: Any  # [R, W] row of the output, prompt · G + sample
+    token: Any  # [R, W] the token to feed next
+    count: Any  # [R, W] response tokens so far
+
+
+_State = tuple[kv_cache.Cache, _Lanes, Outputs]
+
+
+@partial(jax.jit, static_argnames=("config", "shape"))
+def decode(
+    params: transformer.Params, requests: Requests, key: Array, *, config: ModelConfig, shape: Shape
+) -> Outputs:
+    """Runs all requests; see `generate` for the meaning of the results."""
+    num_prompts, prompt_length = requests.tokens.shape
+    idle = num_prompts * shape.group_size
+    stacked = not isinstance(params.layers, tuple)
+    cache = kv_cache.empty(
+        config,
+        lanes=shape.lanes,
+        width=shape.width,
+        prompt_length=prompt_length,
+        columns=shape.columns,
+        stacked=stacked,
+    )
+    slots = (shape.lanes, shape.width)
+    lanes = _Lanes(
+        prompt=jnp.zeros(shape.lanes, jnp.int32),
+        next_sample=jnp.full(shape.lanes, shape.group_size, jnp.int32),
+        request=jnp.full(slots, idle, jnp.int32),
+        token=jnp.zeros(slots, jnp.int32),
+        count=jnp.zeros(slots, jnp.int32),
+    )
+    outputs = Outputs(
+        tokens=jnp.zeros((idle, shape.columns), jnp.int32),
+        logprobs=jnp.zeros((idle, shape.columns), jnp.float32),
+        sampling_logprobs=jnp.zeros((idle, shape.columns), jnp.float32),
+        counts=jnp.zeros(idle, jnp.int32),
+        finished=jnp.zeros(idle, jnp.bool_),
+        steps=jnp.int32(0),
+    )
+
+    def step(state: _State, ring: int, column: Array) -> _State:
+        return _step(params, requests, key, state, ring, column, config=config, shape=shape)
+
+    def can_admit(lanes: _Lanes, waiting: Array) -> Bool[Array, ""]:
+        free = jnp.sum(_free_lanes(lanes, idle))
+        left = requests.count - waiting
+        return (left > 0) & (free >= jnp.minimum(left, shape.prefill))
+
+    def admit(carry: tuple[kv_cache.Cache, _Lanes, Array]) -> tuple[kv_cache.Cache, _Lanes, Array]:
+        return _admit(params, requests, *carry, idle=idle, config=config, shape=shape)
+
+    def outer(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        (cache, lanes, outputs), waiting = carry
+        cache, lanes, waiting = jax.lax.while_loop(
+            lambda c: can_admit(c[1], c[2]), admit, (cache, lanes, waiting)
+        )
+        pause = partial(can_admit, waiting=waiting)
+        return _decode_until(pause, step, (cache, lanes, outputs), idle, shape), waiting
+
+    def unfinished(carry: tuple[_State, Array]) -> Bool[Array, ""]:
+        (_, lanes, _), waiting = carry
+        return jnp.any(lanes.request < idle) | (waiting < requests.count)
+
+    carry = ((cache, lanes, outputs), jnp.int32(0))
+    (_, _, outputs), _ = jax.lax.while_loop(unfinished, outer, carry)
+    return outputs
+
+
+def _admit(
+    params: transformer.Params,
+    requests: Requests,
+    cache: kv_cache.Cache,
+    lanes: _Lanes,
+    waiting: Int[Array, ""],
+    *,
+    idle: int,
+    config: ModelConfig,
+    shape: Shape,
+) -> tuple[kv_cache.Cache, _Lanes, Array]:
+    """Prefills the next waiting prompts into free lanes and gives every slot its first sample."""
+    free = _free_lanes(lanes, idle)
+    rank = jnp.cumsum(free) - 1
+    left = jnp.minimum(requests.count - waiting, shape.prefill)
+    admitted = free & (rank < left)
+    prompts = jnp.minimum(waiting + jnp.arange(shape.prefill), requests.tokens.shape[0] - 1)
+    # The last prompt token is not prefilled: it is each sample's first decode step.
+    new = transformer.prefill(
+        params, config, requests.tokens[prompts], requests.lengths[prompts] - 1
+    )
+    order = jnp.where(admitted, rank, shape.prefill)
+    into = jnp.full(shape.prefill, shape.lanes).at[order].set(jnp.arange(shape.lanes), mode="drop")
+    cache = kv_cache.insert(cache, new, into)
+    lanes = dataclasses.replace(
+        lanes,
+        prompt=jnp.where(admitted, waiting + rank, lanes.prompt).astype(jnp.int32),
+        next_sample=jnp.where(admitted, 0, lanes.next_sample).astype(jnp.int32),
+    )
+    lanes = _hand_out_samples(lanes, requests, idle, shape.group_size)
+    return cache, lanes, waiting + jnp.sum(admitted).astype(jnp.int32)
+
+
+def _decode_until(
+    pause: Callable[[_Lanes], Bool[Array, ""]],
+    step: Callable[[_State, int, Array], _State],
+    state: _State,
+    idle: int,
+    shape: Shape,
+) -> _State:
+    """Decodes until waiting prompts can be admitted, all is done, or the ring is full.
+
+    Outside, the cache is in time order, newest column last. A branch takes the last `ring` columns,
+    runs the inner loop on them as a ring, and puts them back in time order.
+    """
+
+    def branch(ring: int) -> Callable[[_State], _State]:
+        def run(state: _State) -> _State:
+            cache, lanes, outputs = state
+            window = dataclasses.replace(
+                cache,
+                keys=jax.tree.map(lambda x: x[..., shape.columns - ring :, :], cache.keys),
+                values=jax.tree.map(lambda x: x[..., shape.columns - ring :, :], cache.values),
+            )
+
+            def go_on(carry: tuple[_State, Array]) -> Bool[Array, ""]:
+                (_, lanes, _), _ = carry
+                room = jnp.max(lanes.count) < ring
+                return jnp.any(lanes.request < idle) & room & ~pause(lanes)
+
+            def body(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+                state, column = carry
+                return step(state, ring, column), (column + 1) % ring
+
+            carry = ((window, lanes, outputs), jnp.int32(0))
+            (window, lanes, outputs), column = jax.lax.while_loop(go_on, body, carry)
+
+            def put_back(full: Array, part: Array) -> Array:
+                part = jnp.roll(part, -column, axis=-2)
+                return full.at[..., shape.columns - ring :, :].set(part)
+
+            cache = dataclasses.replace(
+                cache,
+                keys=jax.tree.map(put_back, cache.keys, window.keys),
+                values=jax.tree.map(put_back, cache.values, window.values),
+            )
+            return cache, lanes, outputs
+
+        return run
+
+    longest = jnp.max(state[1].count)
+    which = jnp.sum(longest >= jnp.asarray(shape.rings[:-1], jnp.int32))
+    return jax.lax.switch(which, [branch(ring) for ring in shape.rings], state)
+
+
+def _step(
+    params: transformer.Params,
+    requests: Requests,
+    key: Array,
+    state: _State,
+    ring: int,
+    column: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    shape: Shape,
+) -> _State:
+    """One token for every slot: forward, sample, write out, stop or hand out the next sample."""
+    cache, lanes, outputs = state
+    idle = outputs.counts.shape[0]
+    busy = lanes.request < idle
+    age = (column - jnp.arange(ring)) % ring
+    own_mask = age < lanes.count[..., None] + 1
+    positions = requests.lengths[lanes.prompt][:, None] - 1 + lanes.count
+    scores, cache = transformer.decode_step(
+        params, config, cache, lanes.token, positions, own_mask, column
+    )
+    per_lane = jax.tree.map(lambda x: x[lanes.prompt], requests.sampling)
+    per_slot = jax.tree.map(lambda x: jnp.repeat(x, shape.width, axis=0), per_lane)
+    drawn = sample(
+        scores.reshape(-1, scores.shape[-1]), _uniforms(key, lanes).reshape(-1), per_slot
+    )
+    token, logprob, sampling_logprob = (x.reshape(busy.shape) for x in drawn)
+
+    stop = busy & jnp.any(token[..., None] == per_lane.stop_ids[:, None], axis=-1)
+    count = lanes.count + 1
+    done = stop | (count >= requests.max_new_tokens[lanes.prompt][:, None])
+    at = (lanes.request, lanes.count)  # idle slots point past the end and are dropped
+    outputs = Outputs(
+        tokens=outputs.tokens.at[at].set(token, mode="drop"),
+        logprobs=outputs.logprobs.at[at].set(logprob, mode="drop"),
+        sampling_logprobs=outputs.sampling_logprobs.at[at].set(sampling_logprob, mode="drop"),
+        counts=outputs.counts.at[lanes.request].set(count, mode="drop"),
+        finished=outputs.finished.at[lanes.request].set(stop, mode="drop"),
+        steps=outputs.steps + 1,
+    )
+    lanes = dataclasses.replace(
+        lanes, request=jnp.where(done, idle, lanes.request), token=token, count=count
+    )
+    return cache, _hand_out_samples(lanes, requests, idle, shape.group_size), outputs
+
+
+def _hand_out_samples(lanes: _Lanes, requests: Requests, idle: int, group_size: int) -> _Lanes:
+    """Gives each lane's idle slots the next samples of the lane's prompt, while there are any."""
+    vacant = lanes.request >= idle
+    sample_index = lanes.next_sample[:, None] + jnp.cumsum(vacant, axis=1) - 1
+    starts = vacant & (sample_index < group_size)
+    last_token = requests.tokens[lanes.prompt, requests.lengths[lanes.prompt] - 1]
+    started = jnp.sum(starts, axis=1).astype(jnp.int32)
+    request = lanes.prompt[:, None] * group_size + sample_index
+    return dataclasses.replace(
+        lanes,
+        next_sample=lanes.next_sample + started,
+        request=jnp.where(starts, request, lanes.request).astype(jnp.int32),
+        token=jnp.where(starts, last_token[:, None], lanes.token).astype(jnp.int32),
+        count=jnp.where(vacant, 0, lanes.count).astype(jnp.int32),
+    )
+
+
+def _free_lanes(lanes: _Lanes, idle: int) -> Bool[Array, " R"]:
+    return jnp.all(lanes.request >= idle, axis=1)
+
+
+def _uniforms(key: Array, lanes: _Lanes) -> Float[Array, "R W"]:
+    """One number in [0, 1) per slot, from (key, row, token index): not from slot or step."""
+
+    def one(request: Array, count: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, request), count))
+
+    return jax.vmap(jax.vmap(one))(lanes.request, lanes.count)

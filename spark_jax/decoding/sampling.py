@@ -1,0 +1,176 @@
+"""Sampling settings and the sampler: truncation without sorting, one uniform number per token.
+
+Every setting is traced, and may differ from row to row, so changing it compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+_BLOCK = 128
+_ONE_AS_BITS = 0x3F800000  # bit pattern of 1.0f; non-negative floats order like their bits
+
+
+@flax.struct.dataclass
+class Sampling:
+    """How to draw the next token. Each field is one value for all prompts or one per prompt [P].
+
+    Applied in the order temperature, top-k, top-p, min-p (as Hugging Face does). Tokens that tie
+    with the last one kept by top-k or top-p are kept too. `stop_ids` ends a response; it is a tuple
+    of ids, or [P, S] padded with -1.
+    """
+
+    temperature: Any = 1.0
+    top_k: Any = 0  # 0 keeps all
+    top_p: Any = 1.0
+    min_p: Any = 0.0  # relative to the likeliest token
+    greedy: Any = False
+    stop_ids: Any = ()
+
+    def per_prompt(self, num_prompts: int) -> Sampling:
+        """The same settings as arrays [P] (stop ids [P, S], S a multiple of 8, padded with -1).
+
+        Raises:
+          ValueError: a value out of range, or an array of another length than `num_prompts`.
+        """
+
+        def rows(name: str, dtype: Any, valid: Callable[[Any], Any], need: str) -> np.ndarray:
+            values = np.asarray(getattr(self, name), dtype)
+            if values.shape not in ((), (num_prompts,)):
+                raise ValueError(f"{name} has shape {values.shape}, needs () or ({num_prompts},)")
+            if not np.all(valid(values)):
+                raise ValueError(f"{name}={getattr(self, name)}; it must be {need}")
+            return np.broadcast_to(values, num_prompts)
+
+        stop = np.asarray(self.stop_ids, np.int32)
+        stop = np.broadcast_to(stop, (num_prompts, stop.shape[-1]))
+        width = max(8, -(-stop.shape[1] // 8) * 8)
+        return Sampling(
+            temperature=rows(
+                "temperature", np.float32, lambda x: x > 0, "above 0 (greedy=True for the argmax)"
+            ),
+            top_k=rows("top_k", np.int32, lambda x: x >= 0, "0 (off) or more"),
+            top_p=rows("top_p", np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+            min_p=rows("min_p", np.float32, lambda x: (x >= 0) & (x <= 1), "in [0, 1]"),
+            greedy=rows("greedy", np.bool_, lambda x: (x == 0) | (x == 1), "True or False"),
+            stop_ids=np.pad(stop, ((0, 0), (0, width - stop.shape[1])), constant_values=-1),
+        )
+
+
+def sample(
+    logits: Float[Array, "N V"], uniforms: Float[Array, " N"], sampling: Sampling
+) -> tuple[Int[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
+    """Draws one token a row; `sampling` holds [N] arrays, `uniforms` are in [0, 1).
+
+    Returns the tokens, their log-prob under the model (temperature 1, nothing cut), and their
+    log-prob under the law they were drawn from (0 where greedy).
+    """
+    best = jnp.argmax(logits, axis=-1)
+    scaled = logits / sampling.temperature[:, None]
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    weights = jnp.where(weights >= threshold(weights, sampling)[:, None], weights, 0.0)
+    drawn, total = inverse_cdf(weights, uniforms)
+    tokens = jnp.where(sampling.greedy, best, drawn).astype(jnp.int32)
+
+    chosen_logit = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    model_logprobs = chosen_logit - jax.nn.logsumexp(logits, axis=-1)
+    chosen_weight = jnp.take_along_axis(weights, tokens[:, None], axis=-1)[:, 0]
+    law_logprobs = jnp.where(sampling.greedy, 0.0, jnp.log(chosen_weight / total))
+    return tokens, model_logprobs, law_logprobs
+
+
+def threshold(weights: Float[Array, "N V"], sampling: Sampling) -> Float[Array, " N"]:
+    """The least weight that is kept, for rows whose largest weight is 1.
+
+    top-k and top-p are found by bisection over float bit patterns: a dozen passes of counting or
+    summing, only where a row asks for them, instead of a sort.
+    """
+
+    def top_k(floor: Array) -> Array:
+        wanted = jnp.where(sampling.top_k > 0, sampling.top_k, weights.shape[1])
+
+        def enough(cut: Array) -> Array:
+            return jnp.sum(weights >= cut[:, None], axis=-1) >= wanted
+
+        return jnp.where(sampling.top_k > 0, _largest_cut(weights, enough), floor)
+
+    def top_p(floor: Array) -> Array:
+        def mass(cut: Array) -> Array:
+            return jnp.sum(jnp.where(weights >= cut[:, None], weights, 0.0), axis=-1)
+
+        wanted = sampling.top_p * mass(floor)
+
+        def enough(cut: Array) -> Array:
+            return mass(cut) >= wanted
+
+        cut = jnp.maximum(floor, _largest_cut(weights, enough))
+        return jnp.where(sampling.top_p < 1, cut, floor)
+
+    floor = jnp.zeros(weights.shape[0], weights.dtype)
+    floor = jax.lax.cond(jnp.any(sampling.top_k > 0), top_k, lambda x: x, floor)
+    floor = jax.lax.cond(jnp.any(sampling.top_p < 1), top_p, lambda x: x, floor)
+    return jnp.maximum(floor, sampling.min_p)
+
+
+def inverse_cdf(
+    weights: Float[Array, "N V"], uniforms: Float[Array, " N"]
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    """The index at which the running sum passes `uniform · total`, and the total, for each row.
+
+    Two levels (blocks, then inside one block), so no running sum over the vocabulary is made. An
+    index of weight 0 is never returned.
+    """
+    n, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(n, -1, _BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    running = jnp.cumsum(sums, axis=-1)
+    total = running[:, -1]
+    target = uniforms * total
+    block = _first_above(running, target)
+    before = jnp.take_along_axis(running - sums, block[:, None], axis=-1)[:, 0]
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    # Rounding can put the target just below the block's start; 0 keeps weightless entries out.
+    offset = _first_above(jnp.cumsum(inside, axis=-1), jnp.maximum(target - before, 0.0))
+    return block * _BLOCK + offset, total
+
+
+def _first_above(running: Float[Array, "N K"], target: Float[Array, " N"]) -> Int[Array, " N"]:
+    """First index whose running sum exceeds the target; if none does, the last that adds to it."""
+    first = jnp.sum(running <= target[:, None], axis=-1)
+    last_adding = jnp.sum(running < running[:, -1:], axis=-1)
+    return jnp.minimum(first, last_adding)
+
+
+def _largest_cut(
+    weights: Float[Array, "N V"], enough: Callable[[Array], Bool[Array, " N"]]
+) -> Float[Array, " N"]:
+    """The largest cut in [0, 1] at which `enough(cut)` still holds; `enough` is monotone.
+
+    Bisects the bit patterns and stops as soon as one weight at most lies between the bounds.
+    """
+
+    def as_float(bits: Array) -> Array:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def open_rows(bounds: tuple[Array, Array]) -> Array:
+        low, high = bounds
+        between = (weights >= as_float(low)[:, None]) & (weights < as_float(high)[:, None])
+        return (high - low > 1) & (jnp.sum(between, axis=-1) > 1)
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        holds = enough(as_float(middle))
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    n = weights.shape[0]
+    bounds = (jnp.zeros(n, jnp.int32), jnp.full(n, _ONE_AS_BITS + 1, jnp.int32))
+    low, _ = jax.lax.while_loop(lambda b: jnp.any(open_rows(b)), halve, bounds)
+    return as_float(low)
