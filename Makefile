@@ -1,0 +1,49 @@
+# `make demo` and `make test` need nothing but Python >= 3.11, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_ARGS ?=
+
+.PHONY: setup demo test test-slow test-latest lint types bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; name one with make PYTHON=..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m spark_jax.experiments.pipeline --config=configs/demo.py $(DEMO_ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+# The newest jax, on the first Python >= 3.12 that is found; reports and stops where there is none.
+test-latest:
+	@python=$$(for p in python3.14 python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do \
+	    command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done); \
+	  if [ -z "$$python" ]; then echo "no Python >= 3.12 found: install one to run make test-latest" >&2; exit 1; fi; \
+	  echo "using $$python"; \
+	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed && \
+	  .venv-latest/bin/python -m pip install --quiet --upgrade jax jaxlib && \
+	  .venv-latest/bin/python -m pytest -m 'not slow'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv .venv-latest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,133 @@
+"""The only place where tokenizers meet the decoder: prompts in as text, samples out as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from spark_jax import decoding
+from spark_jax.data.formats import Sample
+from spark_jax.data.records import SamplingSettings
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A model with its words. `params` are in the decoding layout (`decoding.layout`)."""
+
+    params: transformer.Params
+    config: ModelConfig
+    tokenizer: Any  # Hugging Face API
+    name: str
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledText:
+    """One sample. `text` is without the stop token, `token_ids` with it; `finished` says that the
+    sample ended with a stop token rather than at the length limit."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions:
+    """Sizes that decide speed and memory, not results: see `decoding.generate`."""
+
+    max_prompt_length: int | None = None
+    slots: int | None = None
+    slots_per_lane: int | None = None
+
+
+def text_sampler(model: TextModel, options: DecodeOptions | None = None) -> Sample:
+    """The function through which a stage sees a model: texts and settings in, samples out."""
+
+    def sample(
+        prompts: Sequence[str],
+        *,
+        samples_per_prompt: int,
+        settings: SamplingSettings,
+        seed: int,
+    ) -> list[list[SampledText]]:
+        rollout = sample_rollout(
+            model,
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            settings=settings,
+            key=seed_key(seed),
+            options=options,
+        )
+        rows = rollout_texts(rollout, model.tokenizer)
+        starts = range(0, len(rows), samples_per_prompt)
+        return [rows[i : i + samples_per_prompt] for i in starts]
+
+    return sample
+
+
+def sample_rollout(
+    model: TextModel,
+    prompts: Sequence[str],
+    *,
+    samples_per_prompt: int,
+    settings: SamplingSettings,
+    key: Array,
+    options: DecodeOptions | None = None,
+) -> decoding.Rollout:
+    """Encodes the prompts as they stand (no special tokens added) and decodes.
+
+    Raises:
+      ValueError: what `decoding.generate` refuses, with the prompt's index.
+    """
+    return decoding.generate(
+        model.params,
+        model.config,
+        encode(model.tokenizer, prompts),
+        key=key,
+        sampling=decoding.Sampling(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            greedy=settings.greedy,
+            stop_ids=model.stop_ids,
+        ),
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=settings.max_new_tokens,
+        **dataclasses.asdict(options or DecodeOptions()),
+    )
+
+
+def rollout_texts(rollout: decoding.Rollout, tokenizer: Any) -> list[SampledText]:
+    """The B samples of a rollout as text, group-major."""
+    tokens, counts, finished = jax.device_get(
+        (rollout.tokens, rollout.mask.sum(axis=1), rollout.finished)
+    )
+    ids = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+    bodies = [row[:-1] if done else row for row, done in zip(ids, finished, strict=True)]
+    texts = tokenizer.batch_decode(bodies, skip_special_tokens=False)
+    return [
+        SampledText(text, tuple(row), bool(done))
+        for text, row, done in zip(texts, ids, finished, strict=True)
+    ]
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, nothing added."""
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def seed_key(seed: int) -> Array:
+    """A JAX key from an integer seed of any size."""
+    low, high = np.random.SeedSequence(seed).generate_state(2)
+    return jax.random.fold_in(jax.random.key(low), high)
