@@ -1,0 +1,467 @@
+"""Every advantage against a loop written from the method page, and the cases that break them.
+
+The loops are in Python floats (float64) and know nothing of masks by multiplication: they visit
+valid positions only. Inputs are random ragged groups with nan and inf under the mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spark_jax import advantages
+from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+
+EPS = 1e-6
+SHAPES = [(3, 4), (6, 2), (12, 1)]  # prompts, group size; one B, so that most programs are shared
+T, K = 13, 4
+
+
+class Batch:
+    """Random ragged groups, in float64 for the loops, and as arrays with garbage under the mask."""
+
+    def __init__(self, seed, prompts, group_size):
+        rng = np.random.default_rng(seed)
+        self.group_size, self.batch = group_size, prompts * group_size
+        self.rewards = rng.choice([0.0, 0.1, 0.3, 1.0], self.batch).astype(np.float32)
+        self.policy = -rng.exponential(1.0, (self.batch, T)).astype(np.float32)
+        self.ref = -rng.exponential(1.0, (self.batch, T)).astype(np.float32)
+        self.lengths = rng.integers(1, T + 1, self.batch)
+        self.mask = np.arange(T) < self.lengths[:, None]
+        self.step_ids = np.full((self.batch, T), -1, np.int32)
+        self.verdicts = np.zeros((self.batch, K), np.int32)
+        for b in range(self.batch):
+            position = 0
+            for step in range(rng.integers(0, K + 1)):
+                position += rng.integers(0, 2)
+                width = rng.integers(1, 4)
+                self.step_ids[b, position : position + width] = step
+                position += width
+                self.verdicts[b, step] = rng.choice([-1, 1, 1, 0])
+
+    def group(self, b):
+        start = b // self.group_size * self.group_size
+        return range(start, start + self.group_size)
+
+    def valid(self, b):
+        return range(self.lengths[b])
+
+    def inputs(self) -> AdvantageInputs:
+        policy, ref = self.policy.copy(), self.ref.copy()
+        policy[~self.mask], ref[~self.mask] = np.nan, -np.inf
+        return AdvantageInputs(
+            rewards=jnp.array(self.rewards),
+            mask=jnp.array(self.mask),
+            group_size=self.group_size,
+            policy_logprobs=jnp.array(policy),
+            ref_logprobs=jnp.array(ref),
+            verdicts=jnp.array(self.verdicts),
+            step_ids=jnp.array(self.step_ids),
+        )
+
+
+def batches():
+    return [Batch(seed, *SHAPES[seed % len(SHAPES)]) for seed in range(9)]
+
+
+def check(actual, expected):
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+# --- loops ---------------------------------------------------------------------------------------
+
+
+def loop_grpo(batch, normalize_std=True):
+    expected = np.zeros(batch.batch)
+    for b in range(batch.batch):
+        group = [float(batch.rewards[i]) for i in batch.group(b)]
+        if len(set(group)) == 1:
+            continue
+        expected[b] = group[b % batch.group_size] - np.mean(group)
+        if normalize_std:
+            expected[b] /= np.std(group, ddof=1) + EPS
+    return expected
+
+
+def loop_rloo(batch):
+    expected = np.zeros(batch.batch)
+    for b in range(batch.batch):
+        others = [float(batch.rewards[i]) for i in batch.group(b) if i != b]
+        if others:
+            expected[b] = float(batch.rewards[b]) - np.mean(others)
+    return expected
+
+
+def to_tokens(batch, per_response):
+    return np.array([[per_response[b] * batch.mask[b, t] for t in range(T)]
+                     for b in range(batch.batch)])  # fmt: skip
+
+
+def loop_returns(batch, beta):
+    returns = np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        total = 0.0
+        for t in batch.valid(b):
+            total += beta * (float(batch.policy[b, t]) - float(batch.ref[b, t]))
+            returns[b, t] = total
+    return returns
+
+
+def loop_masked_step(batch, returns):
+    expected = np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        for t in batch.valid(b):
+            survivors = [i for i in batch.group(b) if t < batch.lengths[i]]
+            expected[b, t] = returns[b, t] - np.mean([returns[i, t] for i in survivors])
+    return expected
+
+
+def loop_pooled_step(batch, returns):
+    expected = np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        pool = [returns[i, t] for i in batch.group(b) for t in batch.valid(i)]
+        for t in batch.valid(b):
+            expected[b, t] = returns[b, t] - np.mean(pool)
+    return expected
+
+
+def loop_by_steps(batch, returns, baseline):
+    ends = {}
+    for b in range(batch.batch):
+        for t in batch.valid(b):
+            if batch.step_ids[b, t] >= 0:
+                ends[b, batch.step_ids[b, t]] = returns[b, t]  # the last one wins
+    expected = np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        for t in batch.valid(b):
+            step = batch.step_ids[b, t]
+            if step >= 0:
+                pool = [value for (i, k), value in ends.items()
+                        if i in batch.group(b) and (baseline == "pool" or k == step)]  # fmt: skip
+                expected[b, t] = ends[b, step] - np.mean(pool)
+    return expected
+
+
+def loop_prime(batch, beta):
+    token = [[beta * (float(batch.policy[b, t]) - float(batch.ref[b, t])) for t in batch.valid(b)]
+             for b in range(batch.batch)]  # fmt: skip
+    expected = to_tokens(batch, loop_rloo(batch))
+    for b in range(batch.batch):
+        others = [np.mean(token[i]) for i in batch.group(b) if i != b]
+        for t in batch.valid(b):
+            if others:
+                expected[b, t] += sum(r - np.mean(others) for r in token[b][t:])
+    return expected
+
+
+def loop_selective(batch, discount):
+    response, expected = loop_grpo(batch), np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        for t in batch.valid(b):
+            step = batch.step_ids[b, t]
+            verdict = batch.verdicts[b, step] if step >= 0 else 0
+            agrees = verdict == 0 or (verdict > 0) == (response[b] > 0)
+            expected[b, t] = response[b] * (1.0 if agrees else discount)
+    return expected
+
+
+def loop_global_step(batch):
+    expected = np.zeros((batch.batch, T))
+    for b in range(batch.batch):
+        step_rewards = {}
+        for i in batch.group(b):
+            judged = [k for k in range(K) if batch.verdicts[i, k] != 0]
+            step_rewards |= {(i, k): batch.verdicts[i, k] / len(judged) for k in judged}
+        values = list(step_rewards.values())
+        if len(set(values)) < 2:
+            continue
+        for (i, k), value in step_rewards.items():
+            tokens = [t for t in batch.valid(b) if batch.step_ids[b, t] == k]
+            if i == b and tokens:
+                standard = (value - np.mean(values)) / (np.std(values, ddof=1) + EPS)
+                expected[b, : tokens[-1] + 1] += standard
+    return expected
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_outcome_advantages_are_the_loops(batch):
+    rewards = jnp.array(batch.rewards)
+    check(advantages.grpo(rewards, batch.group_size), loop_grpo(batch))
+    plain = loop_grpo(batch, normalize_std=False)
+    check(advantages.grpo(rewards, batch.group_size, normalize_std=False), plain)
+    check(advantages.dr_grpo(rewards, batch.group_size), plain)
+    check(advantages.rloo(rewards, batch.group_size), loop_rloo(batch))
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_reinforce_plus_plus_whitens_the_batch_by_responses_or_by_tokens(batch):
+    rewards = np.array(batch.rewards, np.float64)
+    group_centred = loop_grpo(batch, normalize_std=False)
+    for values, group_size in [(rewards, None), (group_centred, batch.group_size)]:
+        by_token = np.concatenate([[values[b]] * batch.lengths[b] for b in range(batch.batch)])
+        for votes, mask in [(values, None), (by_token, jnp.array(batch.mask))]:
+            flat = len(set(votes)) < 2
+            std = 0.0 if flat else np.std(votes, ddof=1)
+            expected = np.zeros(batch.batch) if flat else (values - votes.mean()) / (std + EPS)
+            actual = advantages.reinforce_plus_plus(
+                jnp.array(batch.rewards), mask, group_size=group_size
+            )
+            check(actual, expected)
+
+
+def test_reinforce_plus_plus_leaves_rows_without_tokens_out():
+    rewards, mask = jnp.array([1.0, 0.0, 50.0]), jnp.array([[1, 1], [1, 0], [0, 0]])
+    actual = advantages.reinforce_plus_plus(rewards, mask)
+    votes = np.array([1.0, 1.0, 0.0])
+    expected = (np.array([1.0, 0.0]) - votes.mean()) / (votes.std(ddof=1) + EPS)
+    check(actual, [*expected, 0.0])
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_spro_and_its_variants_are_the_loops(batch):
+    inputs = batch.inputs()
+    returns, outcome = loop_returns(batch, beta=0.4), to_tokens(batch, loop_grpo(batch))
+    cumulative = jnp.where(inputs.mask, jnp.array(returns, jnp.float32), jnp.nan)
+    msa, pooled = loop_masked_step(batch, returns), loop_pooled_step(batch, returns)
+    check(advantages.masked_step(cumulative, inputs.mask, batch.group_size), msa)
+    check(advantages.pooled_step(cumulative, inputs.mask, batch.group_size), pooled)
+
+    options = {"beta": 0.4, "num_steps": K}
+    expected = {
+        ("token", "step"): msa,
+        ("token", "pool"): pooled,
+        ("step", "step"): loop_by_steps(batch, returns, "step"),
+        ("step", "pool"): loop_by_steps(batch, returns, "pool"),
+    }
+    for (granularity, baseline), process in expected.items():
+        chosen = {"granularity": granularity, "baseline": baseline, **options}
+        check(ADVANTAGES["spro"](inputs, **chosen), outcome + process)
+        half = ADVANTAGES["spro"](inputs, outcome_weight=0.5, **chosen)
+        check(half, 0.5 * outcome + process)
+        check(ADVANTAGES["masked_step"](inputs, **chosen), process)
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_prime_is_the_loop(batch):
+    check(ADVANTAGES["prime"](batch.inputs(), beta=0.4), loop_prime(batch, 0.4))
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_advantages_from_verdicts_are_the_loops(batch):
+    inputs, outcome = batch.inputs(), to_tokens(batch, loop_grpo(batch))
+    for discount in (0.0, 0.5):
+        expected = loop_selective(batch, discount)
+        check(ADVANTAGES["selective"](inputs, discount=discount), expected)
+    process = advantages.global_step(
+        inputs.verdicts, inputs.step_ids, inputs.mask, batch.group_size
+    )
+    check(process, loop_global_step(batch))
+    both = ADVANTAGES["global_step"](inputs, outcome_weight=2.0, process_weight=0.5)
+    check(both, 2.0 * outcome + 0.5 * loop_global_step(batch))
+
+
+def test_outcome_entries_give_every_token_the_response_advantage():
+    batch = Batch(0, 3, 4)
+    inputs = batch.inputs()
+    for name in ("grpo", "dapo", "gspo"):
+        check(ADVANTAGES[name](inputs), to_tokens(batch, loop_grpo(batch)))
+    check(ADVANTAGES["dr_grpo"](inputs), to_tokens(batch, loop_grpo(batch, normalize_std=False)))
+    check(ADVANTAGES["rloo"](inputs), to_tokens(batch, loop_rloo(batch)))
+    by_token = advantages.reinforce_plus_plus(inputs.rewards, inputs.mask, group_size=4)
+    check(ADVANTAGES["reinforce++"](inputs, group_baseline=True), to_tokens(batch, by_token))
+
+
+# --- the rules that hold in all of them ----------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    value=st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30),
+    group_size=st.sampled_from([1, 3, 7]),
+    jitted=st.booleans(),
+)
+def test_equal_rewards_give_exactly_zero(value, group_size, jitted):
+    rewards = jnp.full((2 * group_size,), value, jnp.float32)
+    for function in (advantages.grpo, advantages.dr_grpo, advantages.rloo):
+        function = jax.jit(function, static_argnums=1) if jitted else function
+        np.testing.assert_array_equal(function(rewards, group_size), np.zeros(2 * group_size))
+    whiten = advantages.reinforce_plus_plus
+    whiten = jax.jit(whiten) if jitted else whiten
+    np.testing.assert_array_equal(whiten(rewards), np.zeros(2 * group_size))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7])
+def test_the_case_that_needs_the_rule_is_real(value):
+    """A mean of equal float32 numbers does round, and dividing by the std would blow that up."""
+    reward = np.float32(value)
+    rounding = [
+        n for n in (3, 5, 6, 7, 12, 13) if reward != np.full(n, reward).sum() / np.float32(n)
+    ]
+    for n in rounding:
+        assert not np.any(advantages.grpo(jnp.full(n, reward), n))
+    assert rounding
+
+
+def test_equal_step_rewards_and_a_single_step_give_exactly_zero():
+    step_ids = jnp.array([[0, 0, 1, 1, 2, 2, -1]] * 2, jnp.int32)
+    mask = jnp.ones((2, 7), bool)
+    for verdicts in ([[1, 1, 1]] * 2, [[-1, -1, -1]] * 2, [[0, 1, 0], [0, 0, 0]], [[0] * 3] * 2):
+        for function in (advantages.global_step, jax.jit(advantages.global_step, static_argnums=3)):
+            actual = function(jnp.array(verdicts, jnp.int32), step_ids, mask, 2)
+            np.testing.assert_array_equal(actual, np.zeros((2, 7)))
+
+
+def test_a_lone_survivor_and_a_shared_prefix_give_exactly_zero():
+    returns = jnp.array([[0.1, 0.3, 0.7, 0.9], [0.1, 0.5, 9.0, 9.0], [0.1, 0.2, 9.0, 9.0]])
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]])
+    actual = np.asarray(jax.jit(advantages.masked_step, static_argnums=2)(returns, mask, 3))
+    np.testing.assert_array_equal(actual[:, [0, 2, 3]], np.zeros((3, 3)))
+    np.testing.assert_allclose(actual[:, 1], [-1 / 30, 1 / 6, -2 / 15], atol=1e-6)
+
+
+def test_same_policies_leave_the_outcome_alone():
+    batch = Batch(0, 3, 4)
+    inputs = batch.inputs().replace(ref_logprobs=batch.inputs().policy_logprobs)
+    for baseline in ("step", "pool"):
+        np.testing.assert_array_equal(
+            ADVANTAGES["spro"](inputs, baseline=baseline), ADVANTAGES["grpo"](inputs)
+        )
+    np.testing.assert_array_equal(ADVANTAGES["prime"](inputs), ADVANTAGES["rloo"](inputs))
+
+
+def test_masked_step_sums_to_zero_over_the_survivors_of_each_position():
+    batch = Batch(4, 3, 4)
+    returns = jnp.array(loop_returns(batch, 1.0), jnp.float32)
+    actual = advantages.masked_step(returns, jnp.array(batch.mask), 4).reshape(3, 4, T)
+    np.testing.assert_allclose(actual.sum(axis=1), np.zeros((3, T)), atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), st.floats(0.5, 4, width=32))
+def test_grpo_ignores_shift_and_scale_and_is_antisymmetric(rewards, scale):
+    rewards = jnp.round(jnp.array(rewards, jnp.float32) * 4) / 4
+    base = advantages.grpo(rewards, 4)
+    np.testing.assert_allclose(advantages.grpo(rewards * scale + 3.0, 4), base, atol=2e-3)
+    np.testing.assert_allclose(advantages.grpo(-rewards, 4), -base, atol=1e-5)
+    assert abs(float(jnp.sum(base))) < 1e-4
+
+
+def test_selective_keeps_the_whole_advantage_where_there_is_no_verdict():
+    step_ids = jnp.array([[-1, 0, 1, 2, 9, -1]] * 2, jnp.int32)
+    verdicts = jnp.array([[1, -1, 0]] * 2, jnp.int32)
+    mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    actual = advantages.selective(jnp.array([2.0, -1.0]), verdicts, step_ids, mask, discount=0.5)
+    expected = [[2.0, 2.0, 1.0, 2.0, 2.0, 2.0], [-1.0, -0.5, -1.0, -1.0, -1.0, 0.0]]
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_global_step_by_hand():
+    """Rewards +½ −½ | +1: mean 1/3, variance 7/12; each reaches back from its step's end."""
+    verdicts = jnp.array([[1, -1], [1, 0]], jnp.int32)
+    step_ids = jnp.array([[-1, 0, 0, 1, -1], [0, 0, 0, -1, -1]], jnp.int32)
+    z = (np.array([0.5, -0.5, 1.0]) - 1 / 3) / np.sqrt(7 / 12)
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    expected = [[z[0] + z[1]] * 3 + [z[1], 0.0], [z[2]] * 3 + [0.0, 0.0]]
+    check(advantages.global_step(verdicts, step_ids, mask, 2), expected)
+
+
+# --- jit, vmap, gradients, bad input -------------------------------------------------------------
+
+EVERY_ENTRY = [(name, {}) for name in ADVANTAGES if name not in ("dapo", "gspo")] + [
+    ("spro", {"granularity": "step"}),
+    ("spro", {"baseline": "pool", "granularity": "step"}),
+    ("reinforce++", {"group_baseline": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_ENTRY)
+def test_jit_and_vmap_change_nothing_and_masked_tokens_get_zero(name, options):
+    inputs, other = Batch(1, 3, 4).inputs(), Batch(2, 3, 4).inputs()
+
+    def compute(inputs):
+        return ADVANTAGES[name](inputs, **options)
+
+    eager = compute(inputs)
+    assert eager.shape == inputs.mask.shape
+    assert np.all(np.isfinite(eager))
+    np.testing.assert_array_equal(np.where(inputs.mask, 0.0, eager), np.zeros(eager.shape))
+    assert np.any(eager)
+    np.testing.assert_allclose(jax.jit(compute)(inputs), eager, atol=1e-5)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), inputs, other)
+    mapped = jax.vmap(compute)(stacked)
+    np.testing.assert_allclose(mapped[0], eager, atol=1e-5)
+    np.testing.assert_allclose(mapped[1], compute(other), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_ENTRY)
+def test_gradients_are_finite_in_rewards_and_zero_in_logprobs(name, options):
+    """With an all-equal group: a std of 0 makes a careless gradient nan."""
+    batch = Batch(1, 3, 4)
+    batch.rewards[:4] = 0.1
+    inputs = batch.inputs()
+
+    def total(rewards, policy, ref):
+        replaced = inputs.replace(rewards=rewards, policy_logprobs=policy, ref_logprobs=ref)
+        return jnp.sum(ADVANTAGES[name](replaced, **options) * jnp.arange(1.0, T + 1))
+
+    grads = jax.grad(total, argnums=(0, 1, 2))(
+        inputs.rewards, inputs.policy_logprobs, inputs.ref_logprobs
+    )
+    assert np.all(np.isfinite(grads[0]))
+    np.testing.assert_array_equal(grads[1], np.zeros((12, T)))
+    np.testing.assert_array_equal(grads[2], np.zeros((12, T)))
+
+
+def test_a_nan_reward_is_not_hidden():
+    actual = advantages.grpo(jnp.array([1.0, jnp.nan, 0.0, 1.0]), 2)
+    assert np.all(np.isnan(actual[:2]))
+    assert np.all(np.isfinite(actual[2:]))
+
+
+def test_bad_input_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"group_size=3 for B=4"):
+        advantages.grpo(jnp.zeros(4), 3)
+    with pytest.raises(ValueError, match=r"group_size=0"):
+        advantages.rloo(jnp.zeros(4), 0)
+    inputs = Batch(0, 3, 4).inputs()
+    with pytest.raises(ValueError, match=r"needs step_ids and num_steps"):
+        ADVANTAGES["spro"](inputs.replace(step_ids=None), granularity="step")
+    with pytest.raises(ValueError, match=r"AdvantageInputs\.verdicts"):
+        ADVANTAGES["selective"](inputs.replace(verdicts=None))
+    with pytest.raises(ValueError, match=r"AdvantageInputs\.ref_logprobs"):
+        ADVANTAGES["prime"](inputs.replace(ref_logprobs=None))
+    with pytest.raises(TypeError, match="no_such_option"):
+        ADVANTAGES["grpo"](inputs, no_such_option=1)
+
+
+# --- which groups carry a signal -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dynamic_sampling_drops_groups_as_dapo_and_spro_do(seed):
+    rng = np.random.default_rng(seed)
+    for group_size in (2, 5, 15):
+        correct = rng.integers(0, group_size + 1, 20)
+        rewards = np.concatenate(
+            [rng.permutation(np.arange(group_size) < count) for count in correct]
+        ).astype(np.float32)
+        dapo = [0 < count < group_size for count in correct]
+        spro = [group_size <= 5 * count <= 4 * group_size for count in correct]
+        keep = advantages.dynamic_sampling_mask(jnp.array(rewards), group_size)
+        np.testing.assert_array_equal(keep, np.repeat(dapo, group_size))
+        keep = advantages.dynamic_sampling_mask(jnp.array(rewards), group_size, low=0.2, high=0.8)
+        np.testing.assert_array_equal(keep, np.repeat(spro, group_size))
+        equal = advantages.zero_variance_groups(jnp.array(rewards), group_size)
+        assert equal == 20 - sum(dapo)
+
+
+def test_equal_fractional_rewards_are_a_group_without_variance():
+    rewards = jnp.array([0.3] * 3 + [0.3, 0.3, 0.1])
+    assert advantages.zero_variance_groups(rewards, 3) == 1
+    keep = jax.jit(advantages.dynamic_sampling_mask, static_argnums=1)(rewards, 3)
+    np.testing.assert_array_equal(keep, [False] * 3 + [True] * 3)
