@@ -58,31 +58,10 @@ def test_odd_tags_have_the_documented_result(text, expected):
     assert contents(text) == expected
 
 
-PIECES = st.lists(
-    st.sampled_from(
-        [
-            "<step>",
-            "</step>",
-            "</think>",
-            "<think>",
-            "<answer>",
-            "</answer>",
-            " ",
-            "a",
-            "b c",
-            "\n",
-            "1. ",
-            "\n2. x",
-            "\nStep 1: ",
-            "\n## Step 2",
-            "\n\n",
-            "Final answer: 3",
-            "**",
-            "😀",
-        ]
-    ),
-    max_size=25,
-).map("".join)
+TAGS = ["<step>", "</step>", "</think>", "<think>", "<answer>", "</answer>"]
+HEADERS = ["1. ", "\n2. x", "\nStep 1: ", "\n## Step 2", "Final answer: 3", "**"]
+WORDS = [" ", "a", "b c", "\n", "\n\n", "😀"]
+PIECES = st.lists(st.sampled_from(TAGS + HEADERS + WORDS), max_size=25).map("".join)
 
 
 @given(PIECES)

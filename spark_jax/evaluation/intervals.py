@@ -1,0 +1,109 @@
+"""How sure a figure is: bootstrap over problems, Student's t over seeds, two runs in pairs.
+
+Whatever draws, draws from a seed, so the same figures give the same interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.special import stdtrit
+
+Values = Float[np.ndarray, "n"] | Int[np.ndarray, "n"] | Bool[np.ndarray, "n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval [low, high], in the unit of the values."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Values, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of the mean over n problems (Efron & Tibshirani 1993, §13.3).
+
+    It says how the figure would vary with other problems of the same kind, for one trained model;
+    how it varies with the seed of training, `t_interval` says.
+    """
+    values = _checked(values, 1, level)
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: at least one is needed")
+    rng = np.random.default_rng(seed)
+    # One resample at a time keeps memory at n; means of 10,000 x 1,000 take about 0.1 s.
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def t_interval(values: Values, *, level: float = 0.95) -> Interval:
+    """Student-t interval of the mean over n ≥ 2 independent runs (seeds).
+
+    mean ± t(n−1) · s / √n with s the standard deviation with n−1. Raises ValueError for fewer
+    than 2.
+    """
+    values = _checked(values, 2, level)
+    mean = float(values.mean())
+    error = float(values.std(ddof=1)) / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_bootstrap_interval(
+    first: Values,
+    second: Values,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of mean(first) − mean(second), both runs on the same n problems."""
+    difference = _difference(first, second)
+    return bootstrap_interval(difference, level=level, resamples=resamples, seed=seed)
+
+
+def paired_permutation_test(
+    first: Values, second: Values, *, resamples: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of "the two runs do not differ", both on the same n problems.
+
+    Under that hypothesis the sign of each problem's difference is a coin toss. Exact (all sign
+    patterns) where at most 2^12 patterns differ, else from `resamples` drawn ones, the observed one
+    counted in, so that p is never 0 (Phipson & Smyth 2010).
+    """
+    difference = _difference(first, second)
+    difference = difference[difference != 0]  # a sign there changes nothing
+    observed = abs(difference.sum()) * (1 - 1e-9)  # equal sums in another order count as equal
+    if len(difference) <= 12:
+        patterns = itertools.product((-1.0, 1.0), repeat=len(difference))
+        return float(np.mean([abs(np.dot(signs, difference)) >= observed for signs in patterns]))
+    rng = np.random.default_rng(seed)
+    as_extreme = sum(
+        abs(np.dot(rng.integers(0, 2, len(difference)) * 2 - 1, difference)) >= observed
+        for _ in range(resamples)
+    )
+    return float((1 + as_extreme) / (1 + resamples))
+
+
+def _checked(values: Values, least: int, level: float) -> Float[np.ndarray, "n"]:
+    if len(values) < least:
+        raise ValueError(f"an interval needs at least {least} values, got {len(values)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: a confidence level lies between 0 and 1, such as 0.95")
+    values = np.asarray(values, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"value {int(np.argmin(np.isfinite(values)))} is not finite: {values}")
+    return values
+
+
+def _difference(first: Values, second: Values) -> Float[np.ndarray, "n"]:
+    if len(first) != len(second):
+        raise ValueError(f"runs on {len(first)} and {len(second)} problems are no pairs")
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return _checked(difference, 1, 0.5)

@@ -1,0 +1,61 @@
+"""Accuracy from several samples a problem: avg@k, pass@k, maj@k.
+
+Each function gives one number per problem, so that intervals over problems can be taken; the figure
+that is reported is the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from spark_jax.rewards.outcome import majority_answer
+
+
+def avg_at_k(correct: Bool[np.ndarray, "P k"]) -> Float64[np.ndarray, "P"]:
+    """Share of each problem's k samples that are correct."""
+    _need_samples(correct)
+    return correct.mean(axis=1)
+
+
+def pass_at_k(correct: Bool[np.ndarray, "P n"], k: int) -> Float64[np.ndarray, "P"]:
+    """Unbiased estimate, from n ≥ k samples, of the chance that one of k is correct.
+
+    1 − C(n−c, k) / C(n, k) for c correct ones (Chen et al., arXiv 2107.03374, equation 1), as a
+    product, which does not overflow. Raises ValueError unless 1 ≤ k ≤ n.
+    """
+    _need_samples(correct)
+    n = correct.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n, but there are n={n} samples a problem")
+    wrong = n - correct.sum(axis=1)
+    drawn = np.arange(k)  # the chance that draw i is wrong too is (wrong - i) / (n - i)
+    return 1.0 - np.prod(np.maximum(wrong[:, None] - drawn, 0) / (n - drawn), axis=1)
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[str | None]],
+    references: Sequence[str],
+    same_answer: Callable[[str | None, str | None], bool],
+) -> Float64[np.ndarray, "P"]:
+    """1 where the majority of a problem's answers equals the reference, else 0.
+
+    Ties go to the answer that appeared first; a problem nobody answered is wrong. Raises ValueError
+    if answers and references differ in number.
+    """
+    if len(answers) != len(references):
+        raise ValueError(f"maj@k: answers to {len(answers)} problems, {len(references)} references")
+    return np.array(
+        [
+            float(same_answer(majority_answer(group, same_answer), reference))
+            for group, reference in zip(answers, references)
+        ],
+        np.float64,
+    )
+
+
+def _need_samples(correct: Bool[np.ndarray, "P k"]) -> None:
+    if not correct.shape[1]:
+        raise ValueError(f"no samples: correct has shape {correct.shape}")

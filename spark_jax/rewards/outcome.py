@@ -1,0 +1,86 @@
+"""Rewards on the final answer alone: the baselines beside a reward model (method page, section 3).
+
+Each takes a batch and gives r per response, 0 wherever the format is broken. Answers are read from
+the valid part of a response. `rule_based` is the only reward that reads a problem's reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from spark_jax.rewards.format import valid_part
+from spark_jax.rewards.records import RewardInputs
+
+
+def rule_based(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 where the answer equals the reference: RLVR, the baseline that needs references.
+
+    Raises ValueError naming a problem that has no reference.
+    """
+    rewards = np.zeros(len(batch.responses), np.float32)
+    for row, (problem, answer) in enumerate(zip(batch.problems, _answers(batch))):
+        if problem.answer is None:
+            raise ValueError(
+                f"the rule_based reward needs a reference answer, but problem {problem.id!r} (row "
+                f"{row}) has none; give it one or choose a reward without references"
+            )
+        rewards[row] = batch.format.same_answer(answer, problem.answer)
+    return rewards
+
+
+def majority_vote(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 where the answer equals the group's majority answer (TTRL, arXiv 2504.16084).
+
+    Our reading: responses that break the format do not vote.
+    """
+    answers = _answers(batch)
+    rewards = np.zeros(len(answers), np.float32)
+    for start in range(0, len(answers), batch.group_size):
+        group = answers[start : start + batch.group_size]
+        majority = majority_answer(group, batch.format.same_answer)
+        for row, answer in enumerate(group, start):
+            rewards[row] = batch.format.same_answer(answer, majority)
+    return rewards
+
+
+def random(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 with probability ½ where the format holds: a sanity check on any claimed improvement.
+
+    The draw of a row depends on the seed and its position only, never on the texts.
+    """
+    draws = np.random.default_rng(batch.seed).random(len(batch.responses)) < 0.5
+    return (draws & batch.format_ok).astype(np.float32)
+
+
+def majority_answer(
+    answers: Sequence[str | None], same_answer: Callable[[str | None, str | None], bool]
+) -> str | None:
+    """The answer given most often, as its first giver wrote it; None if nobody answered.
+
+    Answers that are the same as the first of a class belong to that class. A tie goes to the class
+    that appeared first. None never wins.
+    """
+    classes: list[str] = []
+    counts: list[int] = []
+    for answer in answers:
+        if answer is None:
+            continue
+        for i, first in enumerate(classes):
+            if same_answer(answer, first):
+                counts[i] += 1
+                break
+        else:
+            classes.append(answer)
+            counts.append(1)
+    return classes[counts.index(max(counts))] if classes else None
+
+
+def _answers(batch: RewardInputs) -> list[str | None]:
+    """The answer in each response's valid part; None where the format is broken."""
+    return [
+        batch.format.final_answer(valid_part(text)) if ok else None
+        for text, ok in zip(batch.responses, batch.format_ok)
+    ]

@@ -1,0 +1,271 @@
+"""Rewards from a generative reward model (SPARK, arXiv 2512.03244; method page, section 3).
+
+`judge` asks the reward model, `REWARDS` turns judgements into r per response. No function here can
+see a reference answer: the reward model is shown the problem without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int8, Int32
+
+from spark_jax.data.formats import RewardKind, Sample, TextFormat
+from spark_jax.data.records import ParseFailure, Problem, SamplingSettings
+from spark_jax.rewards import outcome
+from spark_jax.rewards.format import (
+    FORMAT_CHECKS,
+    MAX_STEPS,
+    MIN_STEPS,
+    format_metrics,
+    format_ok,
+    step_count_ok,
+    valid_part,
+)
+from spark_jax.rewards.records import NOT_CALLED, Judgement, RewardInputs
+
+# --- r from judgements ---------------------------------------------------------------------------
+
+
+def orm(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 where the outcome reward model says Yes."""
+    return _says_yes(batch, "orm")
+
+
+def process_aware_outcome(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 where the PRM's overall verdict, given after its step verdicts, is Yes."""
+    return _says_yes(batch, "process_aware_outcome")
+
+
+def step_average(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """0.4 · (share of steps judged correct) + 0.6 · (overall verdict is Yes).
+
+    The step part is 0 where the response has fewer or more steps than `step_limits` allow, and
+    where the reward model judged another number of steps than the response has.
+    """
+    shares = [
+        np.mean(judgement.verdicts) if _steps_count(judgement, batch.step_limits) else 0.0
+        for judgement in _judgements(batch, "step_average")
+    ]
+    step_part = np.where(batch.format_ok, np.asarray(shares, np.float32), 0.0)
+    return (0.4 * step_part + 0.6 * _says_yes(batch, "step_average")).astype(np.float32)
+
+
+# A reward is one function of `RewardInputs` and one line here.
+REWARDS: dict[str, Callable[[RewardInputs], Float32[np.ndarray, "B"]]] = {
+    "orm": orm,
+    "process_aware_outcome": process_aware_outcome,
+    "step_average": step_average,
+    "rule_based": outcome.rule_based,
+    "majority_vote": outcome.majority_vote,
+    "random": outcome.random,
+}
+
+# The kinds of reward model that a reward can use; the others judge nothing.
+REWARDS_THAT_JUDGE: dict[str, tuple[RewardKind, ...]] = {
+    "orm": ("orm",),
+    "process_aware_outcome": ("prm", "prm_cot"),
+    "step_average": ("prm", "prm_cot"),
+}
+REWARDS_THAT_NEED_REFERENCES = frozenset({"rule_based"})
+
+
+# --- asking the reward model ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """B responses judged.
+
+    Attributes:
+        judgements: one per response.
+        verdicts: [B, K] +1 correct, −1 incorrect, 0 no verdict, for the advantages that use steps.
+            A row is all 0 where the step part does not count (see `step_average`).
+        num_steps: [B] the steps of each response.
+        format_ok: [B] whether each response keeps the enforced checks.
+        metrics: those of `format.format_metrics`, and shares: `reward_model/called` (of the
+            responses); of the calls `reward_model/unparseable`, `reward_model/other_step_count` and
+            `reward_model/yes`; and of the step verdicts given `reward_model/steps_correct`. A share
+            of nothing is 0.
+    """
+
+    judgements: tuple[Judgement, ...]
+    verdicts: Int8[np.ndarray, "B K"]
+    num_steps: Int32[np.ndarray, "B"]
+    format_ok: Bool[np.ndarray, "B"]
+    metrics: dict[str, float]
+
+
+def judge(
+    sample: Sample,
+    format: TextFormat,
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+    kind: RewardKind,
+    settings: SamplingSettings,
+    seed: int,
+    *,
+    checks: Sequence[str] = tuple(FORMAT_CHECKS),
+    step_limits: tuple[int, int] = (MIN_STEPS, MAX_STEPS),
+    max_steps: int = MAX_STEPS,
+) -> Judged:
+    """Ask a reward model about the valid part of every response that keeps the format.
+
+    Args:
+        sample: the reward model. Always called greedily, whatever `settings` say; of these only
+            `max_new_tokens` matters. Not called at all if no response keeps the format.
+        problems: the problem of each response. Shown without its reference answer.
+        kind: what the reward model was trained to say.
+        checks: the format checks that are enforced, names of `FORMAT_CHECKS`.
+        step_limits: fewest and most steps for which the verdicts count.
+        max_steps: K, the width of `verdicts`; a response with more steps has none.
+
+    A judgement that cannot be read is not Yes, and is counted. One that is in order but for its
+    number of steps keeps its overall verdict; its step verdicts do not count.
+
+    Raises ValueError if problems and responses differ in number, for an unknown check, and if
+    `sample` does not give one text per prompt.
+    """
+    if len(problems) != len(responses):
+        raise ValueError(f"judge: {len(problems)} problems for {len(responses)} responses")
+    kept = np.array([format_ok(text, checks) for text in responses], bool)
+    num_steps = np.array([len(format.split_steps(text)) for text in responses], np.int32)
+    called = [b for b, ok in enumerate(kept) if ok]
+    prompts = [
+        format.reward_prompt(kind, _without_reference(problems[b]), valid_part(responses[b]))
+        for b in called
+    ]
+    texts = _sample_greedily(sample, prompts, settings, seed)
+    judgements = [Judgement(kind, int(steps), False, (), NOT_CALLED) for steps in num_steps]
+    for b, text in zip(called, texts):
+        judgements[b] = _read(format, kind, text, int(num_steps[b]))
+    metrics = format_metrics(responses, format.split_steps, step_limits) if responses else {}
+    return Judged(
+        tuple(judgements),
+        verdict_matrix(judgements, max_steps, step_limits),
+        num_steps,
+        kept,
+        metrics | judgement_metrics(judgements),
+    )
+
+
+def verdict_matrix(
+    judgements: Sequence[Judgement],
+    max_steps: int,
+    step_limits: tuple[int, int] = (MIN_STEPS, MAX_STEPS),
+) -> Int8[np.ndarray, "B K"]:
+    """The step verdicts as +1 / −1, padded with 0 to K = `max_steps`.
+
+    A row is all 0 where the step part does not count, or where the response has more than K steps.
+    """
+    verdicts = np.zeros((len(judgements), max_steps), np.int8)
+    for row, judgement in zip(verdicts, judgements):
+        if _steps_count(judgement, step_limits) and judgement.num_steps <= max_steps:
+            row[: judgement.num_steps] = np.where(judgement.verdicts, 1, -1)
+    return verdicts
+
+
+def judgement_metrics(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """The `reward_model/…` metrics of `Judged`."""
+    calls = [judgement for judgement in judgements if judgement.called]
+    verdicts = [verdict for judgement in calls for verdict in judgement.verdicts]
+    unparseable = [judgement.failure is not None for judgement in calls]
+    other_count = [
+        judgement.kind != "orm" and judgement.failure is None and not judgement.judged_every_step
+        for judgement in calls
+    ]
+    return {
+        "reward_model/called": _share([judgement.called for judgement in judgements]),
+        "reward_model/unparseable": _share(unparseable),
+        "reward_model/other_step_count": _share(other_count),
+        "reward_model/yes": _share([judgement.overall for judgement in calls]),
+        "reward_model/steps_correct": _share(verdicts),
+    }
+
+
+def disagreement(
+    judgements: Sequence[Judgement], correct: Bool[np.ndarray, "B"]
+) -> dict[str, float]:
+    """How a reward model differs from the truth, where evaluation has it (method page, section 3).
+
+    `reward_model/disagreement` is a share of the responses it was asked about; `false_yes` a share
+    of the wrong ones among them (what a policy can exploit), `false_no` of the right ones. For
+    evaluation only: `correct` comes from references.
+    """
+    if len(judgements) != len(correct):
+        raise ValueError(f"disagreement: {len(judgements)} judgements, {len(correct)} labels")
+    asked = [(j.overall, bool(right)) for j, right in zip(judgements, correct) if j.called]
+    return {
+        "reward_model/disagreement": _share([yes != right for yes, right in asked]),
+        "reward_model/false_yes": _share([yes for yes, right in asked if not right]),
+        "reward_model/false_no": _share([not yes for yes, right in asked if right]),
+    }
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def _says_yes(batch: RewardInputs, reward: str) -> Float32[np.ndarray, "B"]:
+    yes = np.array([judgement.overall for judgement in _judgements(batch, reward)], bool)
+    return (yes & batch.format_ok).astype(np.float32)
+
+
+def _judgements(batch: RewardInputs, reward: str) -> Sequence[Judgement]:
+    """The batch's judgements; ValueError if there are none or they are of the wrong kind."""
+    kinds = REWARDS_THAT_JUDGE[reward]
+    if batch.judgements is None:
+        raise ValueError(f"the {reward} reward needs judgements of a reward model of kind {kinds}")
+    wrong = {judgement.kind for judgement in batch.judgements} - set(kinds)
+    if wrong:
+        raise ValueError(
+            f"the {reward} reward needs a reward model of kind {kinds}, got {wrong}; choose "
+            "another reward or another reward model"
+        )
+    return batch.judgements
+
+
+def _steps_count(judgement: Judgement, step_limits: tuple[int, int]) -> bool:
+    return judgement.judged_every_step and step_count_ok(judgement.num_steps, *step_limits)
+
+
+def _without_reference(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, answer=None)
+
+
+def _sample_greedily(
+    sample: Sample, prompts: Sequence[str], settings: SamplingSettings, seed: int
+) -> list[str]:
+    if not prompts:
+        return []
+    greedy = dataclasses.replace(settings, greedy=True)
+    samples = sample(prompts, samples_per_prompt=1, settings=greedy, seed=seed)
+    if [len(texts) for texts in samples] != [1] * len(prompts):
+        raise ValueError(
+            f"sample gave {[len(texts) for texts in samples]} texts for {len(prompts)} prompts; "
+            "one each was asked for"
+        )
+    return [texts[0].text for texts in samples]
+
+
+_COUNT_FAILURES = ("step_count_mismatch", "no_steps")
+_MOST_OTHER_STEPS = 100  # judgements of more steps than this are unparseable
+
+
+def _read(format: TextFormat, kind: RewardKind, text: str, num_steps: int) -> Judgement:
+    parsed = format.parse_judgement(kind, text, num_steps)
+    if isinstance(parsed, ParseFailure) and parsed.reason in _COUNT_FAILURES:
+        # Sound for another number of steps? Nearest numbers first.
+        for other in sorted(range(_MOST_OTHER_STEPS + 1), key=lambda n: abs(n - num_steps)):
+            attempt = format.parse_judgement(kind, text, other)
+            if not isinstance(attempt, ParseFailure):
+                parsed = attempt
+                break
+    if isinstance(parsed, ParseFailure):
+        return Judgement(kind, num_steps, False, (), parsed.reason, text)
+    return Judgement(kind, num_steps, parsed.overall, parsed.verdicts, None, text)
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 0.0
