@@ -1,7 +1,7 @@
 """How a task speaks: the functions that turn records into prompts and texts back into records.
 
-Stages I to III are written against `TextFormat` alone, so the same code runs on real text and on the
-words of the embedded demonstration task. A format is data: plain functions in a frozen dataclass.
+Stages I to III are written against `TextFormat` alone, so the same code runs on real text and on
+the words of the embedded demonstration task. A format is data: plain functions in a dataclass.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class TextFormat:
         split_steps: (response_text) -> character spans [start, end) of the steps, in order.
         final_answer: (response_text) -> content of the last `\\boxed{}`, stripped, or None.
         same_answer: (a, b) -> whether two answers are the same. Symmetric; None equals nothing.
-        verify_prompt: (problem, solution_text, reference or None) -> prompt of the verifier. Must not
-            read `problem.answer`: a reference is shown only where it is handed in.
+        verify_prompt: (problem, solution_text, reference or None) -> prompt of the verifier. Must
+            not read `problem.answer`: a reference is shown only where it is handed in.
         critique_prompt: (problem, solution_text, verification_text) -> prompt.
         merge_prompt: (problem, solution_text, verification_text, critique_text) -> prompt.
         parse_verification: (text, num_steps) -> Verification, or ParseFailure; never raises.

@@ -1,12 +1,13 @@
 """The plain records that stages I to III hand to one another, and their JSON-lines files.
 
-Text, step texts, verdicts and provenance as frozen dataclasses: no arrays, no tokenizers. One record
-is one line of a file; what `append_jsonl` writes, `read_jsonl` gives back exactly.
+Text, step texts, verdicts and provenance as frozen dataclasses: no arrays, no tokenizers. One
+record is one line of a file; what `append_jsonl` writes, `read_jsonl` gives back exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class SamplingSettings:
 class Provenance:
     """Where a sampled text came from: enough to sample it again.
 
-    `seed` is the seed the whole stage was called with, `sample_seed` the one its chunk was sampled with.
+    `seed` is the seed the whole stage was called with, `sample_seed` the one that the chunk of
+    problems was sampled with.
     """
 
     model: str
@@ -59,9 +61,9 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """One response to a problem. `steps` holds the text of each step, in order; `answer` is what the
-    response boxed, or None. `step_labels` and `correct` are ground truth where the data has it, for
-    evaluation only."""
+    """One response to a problem. `steps` holds the text of each step, in order; `answer` is what
+    the response boxed, or None; `finished` says that it ended by itself, not by the token limit.
+    `step_labels` and `correct` are ground truth where the data has it, for evaluation only."""
 
     problem_id: str
     index: int
@@ -95,12 +97,20 @@ class ParseFailure:
 class Aggregated:
     """What one method made of the N verifications of one solution (method page, section 1.3).
 
-    `verification` is None where there was nothing to choose from, and `reason` says why. `chosen` is
-    the position among the N samples of the verification that was chosen (before any merge).
-    `exact_match` says whether its verdicts equal the voted ones; None where nothing was voted on.
-    `agreement` is the mean share of valid samples that side with the majority, over the step votes
-    and the overall vote. `critique` is the critique's text where the method has one; `merge` is what
-    came of it: "merged", or the reason why the un-merged verification stands.
+    Attributes:
+        method: a name in `verification.aggregate.AGGREGATIONS`.
+        verification: the target verification; None where there was nothing to choose from.
+        chosen: position among the N samples of the verification chosen (before any merge).
+        voted_verdicts: majority per step over the valid samples; None where no vote is taken.
+        voted_overall: majority over the overall verdicts of the valid samples; None likewise.
+        exact_match: whether `verification.verdicts` equals `voted_verdicts`; None likewise.
+        num_samples: N.
+        num_valid: how many of the N were valid.
+        reason: why this verification was chosen, or why there is none; countable.
+        agreement: share of the valid samples that side with the majority, mean over the votes (one
+            per step and one overall); None without valid samples.
+        critique: the critique's text, where the method asked for one.
+        merge: "merged", or "not_merged_<reason>" where the un-merged verification had to stand.
     """
 
     method: str
@@ -121,8 +131,8 @@ class Aggregated:
 class VerifiedSolution:
     """One line of stage I's output: a solution's N samples and what every method made of them.
 
-    `samples` are the N reference-free verifications that all methods share; `reference_samples` those
-    that were shown the reference, empty unless `reference_guided` was asked for.
+    `samples` are the N reference-free verifications that all methods share; `reference_samples`
+    those that were shown the reference, empty unless `reference_guided` was asked for.
     """
 
     problem_id: str
@@ -134,23 +144,22 @@ class VerifiedSolution:
 
 
 def append_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Append records to a file, one JSON line each, in one write that is on disk when this returns.
+    """Append records to a file, one JSON line each, in one write that is on disk at return.
 
-    A torn last line, left by a crash in mid-write, is cut off first (logged). Makes missing folders.
-    Raises ValueError naming the field for a value that JSON would not give back unchanged.
+    A torn last line, left by a crash in mid-write, is cut off first (logged), and a whole one is
+    given its line end. Makes missing folders and the file. Raises ValueError for a record that JSON
+    would not give back unchanged; nothing is written then.
     """
     lines = b"".join(_encode_line(record) for record in records)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
-        file.seek(0)
-        tail = file.read()
-        cut = len(tail) if not _torn_tail(tail) else tail.rfind(b"\n") + 1
-        if cut < len(tail):
-            logger.warning("%s: cut off a torn last line of %d bytes", path, len(tail) - cut)
-            file.truncate(cut)
-        elif tail and not tail.endswith(b"\n"):
-            lines = b"\n" + lines if lines else lines
+        last = _last_line(file)
+        if _is_torn(last):
+            logger.warning("%s: cut off a torn last line of %d bytes", path, len(last))
+            file.truncate(file.seek(0, os.SEEK_END) - len(last))
+        elif last:  # a whole record that only lacks its line end
+            lines = b"\n" + lines
         file.write(lines)
         file.flush()
         os.fsync(file.fileno())
@@ -159,18 +168,16 @@ def append_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
 def read_jsonl(path: str | os.PathLike[str], cls: type[Record]) -> list[Record]:
     """All records of a file, in order.
 
-    A torn last line (no line end, not a whole JSON object) is dropped and logged. Any other line that
-    is not a `cls` raises ValueError with file, line and field.
+    A torn last line (no line end, not a whole JSON object) is dropped and logged. Any other line
+    that is not a `cls` raises ValueError with file, line and field.
     """
-    content = Path(path).read_bytes()
-    if _torn_tail(content):
-        end = content.rfind(b"\n") + 1
-        logger.warning("%s: dropped a torn last line of %d bytes", path, len(content) - end)
-        content = content[:end]
+    *lines, last = Path(path).read_bytes().split(b"\n")
+    if _is_torn(last):
+        logger.warning("%s: dropped a torn last line of %d bytes", path, len(last))
+    elif last:
+        lines.append(last)
     records = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(from_json(json.loads(line), cls))
         except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -198,14 +205,24 @@ def _encode_line(record: Any) -> bytes:
     return encoded.encode("ascii") + b"\n"
 
 
-def _torn_tail(content: bytes) -> bool:
-    """Whether the last line is torn. No proper beginning of a JSON object is itself a JSON object, so a
-    last line that only lacks its line end is told apart without doubt."""
-    last = content[content.rfind(b"\n") + 1 :]
-    if not last.strip():
+def _last_line(file: BinaryIO, block: int = 65536) -> bytes:
+    """What stands after the last line end; read from the back, for files may be large."""
+    start = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start > 0 and b"\n" not in tail:
+        step = min(block, start)
+        start = file.seek(start - step)
+        tail = file.read(step) + tail
+    return tail[tail.rfind(b"\n") + 1 :]
+
+
+def _is_torn(last_line: bytes) -> bool:
+    """Whether a last line without a line end is torn. No proper beginning of a JSON object is
+    itself a JSON object, so one that lacks nothing but its line end is told apart without doubt."""
+    if not last_line:
         return False
     try:
-        return not isinstance(json.loads(last), dict)
+        return not isinstance(json.loads(last_line), dict)
     except ValueError:
         return True
 
@@ -245,9 +262,14 @@ def _decode_record(value: Any, cls: type, where: str) -> Any:
     ]
     if unknown or missing:
         raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
-    hints = typing.get_type_hints(cls)
+    hints = _field_types(cls)
     decoded = {name: _decode(item, hints[name], f"{where}.{name}") for name, item in value.items()}
     return cls(**decoded)
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _decode_union(value: Any, members: Sequence[Any], where: str) -> Any:
