@@ -328,11 +328,13 @@ def _std(
     axes: tuple[int, ...],
     weights: Shaped[Array, "*shape"] | None = None,
 ) -> Float[Array, "..."]:
-    """Standard deviation (n − 1) of what `_centred` gave; 0 for fewer than two. Safe to derive."""
+    """Standard deviation (n − 1) of what `_centred` gave; 0 for fewer than two.
+
+    The root's infinite slope at 0 goes no further: `_centred` stops gradients where all are equal.
+    """
     squares = centred**2 if weights is None else centred**2 * weights
     variance = jnp.sum(squares, axis=axes, keepdims=True) / jnp.maximum(count - 1, 1)
-    positive = variance > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    return jnp.sqrt(variance)
 
 
 def _all_equal(groups: Float[Array, "P G"]) -> Bool[Array, "P"]:

@@ -352,11 +352,11 @@ def test_grpo_ignores_shift_and_scale_and_is_antisymmetric(rewards, scale):
 
 
 def test_selective_keeps_the_whole_advantage_where_there_is_no_verdict():
-    step_ids = jnp.array([[-1, 0, 1, 2, 9, -1]] * 2, jnp.int32)
-    verdicts = jnp.array([[1, -1, 0]] * 2, jnp.int32)
+    step_ids = jnp.array([[-1, 0, 1, 2, 9, -1]] * 2, jnp.int32)  # 9: beyond the verdicts
+    verdicts = jnp.array([[1, 0, -1]] * 2, jnp.int32)
     mask = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
     actual = advantages.selective(jnp.array([2.0, -1.0]), verdicts, step_ids, mask, discount=0.5)
-    expected = [[2.0, 2.0, 1.0, 2.0, 2.0, 2.0], [-1.0, -0.5, -1.0, -1.0, -1.0, 0.0]]
+    expected = [[2.0, 2.0, 2.0, 1.0, 2.0, 2.0], [-1.0, -0.5, -1.0, -1.0, -1.0, 0.0]]
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -465,3 +465,11 @@ def test_equal_fractional_rewards_are_a_group_without_variance():
     assert advantages.zero_variance_groups(rewards, 3) == 1
     keep = jax.jit(advantages.dynamic_sampling_mask, static_argnums=1)(rewards, 3)
     np.testing.assert_array_equal(keep, [False] * 3 + [True] * 3)
+
+
+def test_bounds_hold_where_the_mean_rounds():
+    for group_size in (10, 16):  # in float32 one mean comes out above 0.2, the other below
+        rewards = jnp.array([0.1, 0.3] * (group_size // 2))
+        assert jnp.mean(rewards) != jnp.float32(0.2)
+        for bounds in ({"low": 0.2}, {"high": 0.2}):
+            assert np.all(advantages.dynamic_sampling_mask(rewards, group_size, **bounds))

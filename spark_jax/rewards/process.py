@@ -59,7 +59,7 @@ def process_reward_auc(
     num_incorrect = jnp.sum(incorrect)
     below = jnp.searchsorted(sorted_incorrect, values, side="left")
     not_above = jnp.searchsorted(sorted_incorrect, values, side="right")
-    wins = (below + jnp.minimum(not_above, num_incorrect)) / 2
+    wins = (below + not_above) / 2
     return jnp.sum(jnp.where(correct, wins / num_incorrect, 0.0)) / jnp.sum(correct)
 
 

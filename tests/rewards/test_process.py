@@ -51,7 +51,7 @@ def test_cumulative_process_reward_is_the_loop_and_ignores_what_is_masked(seed):
 
 
 def test_beta_defaults_to_primes_value_and_masks_may_be_numbers():
-    policy, ref = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[-2.0, -5.0, -1.0]])
+    policy, ref = jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[-2.0, -5.0, -1.0]])
     for dtype in (bool, jnp.int32, jnp.float32):
         mask = jnp.array([[1, 1, 0]]).astype(dtype)
         actual = cumulative_process_reward(policy, ref, mask)
