@@ -1,0 +1,184 @@
+"""The folder of one run: its configuration, the versions it ran on, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SUBFOLDERS = ("checkpoints", "samples", "plots")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Made by `open`. `resumed` is true where the folder held this run already."""
+
+    path: Path
+    config: dict[str, Any]
+    resumed: bool
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: Any) -> RunFolder:
+        """Creates the folder, or opens it to go on with the same run.
+
+        `config` is a dict or ConfigDict of JSON values (tuples become lists); it is written,
+        resolved, to `config.json`. `versions.json` names the Python, libraries, platform and device
+        of the last start; where they changed since the one before, a warning says so, because then
+        the resumed run need not equal the uninterrupted one bit for bit.
+
+        Raises:
+          ValueError: the folder holds a run with another configuration (each differing field is
+            named), or results without a configuration; or `config` holds what is not JSON.
+        """
+        path = Path(path)
+        resolved = _json_value(config, "config")
+        path.mkdir(parents=True, exist_ok=True)
+        resumed = (path / "config.json").exists()
+        if resumed:
+            _refuse_other_config(path / "config.json", resolved)
+        else:
+            _refuse_orphaned_results(path)
+            _write_json(path / "config.json", resolved)
+        for name in SUBFOLDERS:
+            (path / name).mkdir(exist_ok=True)
+        _record_versions(path / "versions.json")
+        return cls(path=path, config=resolved, resumed=resumed)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`, whole or not at all.
+
+        NumPy and JAX scalars are written as numbers, NaN and infinities, which JSON lacks, as
+        strings.
+        """
+        _write_json(self.path / "summary.json", _json_value(_plain_scalars(summary), "summary"))
+
+
+def versions() -> dict[str, str]:
+    """What a run's bits depend on besides its configuration. Starts the JAX backend."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "spark_jax": importlib.metadata.version("spark-jax"),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")},
+        "platform": platform.platform(),
+        "backend": device.platform,
+        "device_kind": device.device_kind,
+        "device_count": str(jax.device_count()),
+    }
+
+
+def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:
+    try:
+        old = _fields(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); mend it or use another folder") from error
+    new = _fields(config)
+    changes = [
+        f"  {field}: {_show(old, field)} in the folder, {_show(new, field)} now"
+        for field in sorted(old.keys() | new.keys())
+        if _show(old, field) != _show(new, field)
+    ]
+    if changes:
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration; use another folder, or the "
+            "configuration it was started with:\n" + "\n".join(changes)
+        )
+
+
+def _refuse_orphaned_results(path: Path) -> None:
+    orphans = [path / "checkpoints", path / "metrics.jsonl"]
+    found = [p.name for p in orphans if p.is_file() or (p.is_dir() and any(p.iterdir()))]
+    if found:
+        raise ValueError(
+            f"{path} holds {' and '.join(found)} but no config.json, so whose they are is unknown; "
+            "use another folder or put the file back"
+        )
+
+
+def _record_versions(path: Path) -> None:
+    now = versions()
+    if path.exists():
+        before = json.loads(path.read_text())
+        changes = [
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if changes:
+            warnings.warn(
+                f"{path.parent} goes on under other versions: {', '.join(changes)}", stacklevel=4
+            )
+    _write_json(path, now)
+
+
+def _json_value(value: Any, field: str) -> Any:
+    """A strict conversion: what would not come back from the file is refused by its field."""
+    if hasattr(value, "to_dict"):  # a ConfigDict, at any depth; the package is not needed here
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{field} has the key {key!r}; keys must be strings")
+        return {key: _json_value(item, f"{field}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item, f"{field}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError(
+        f"{field}={value!r} ({type(value).__name__}) has no place in a JSON file; "
+        "use a finite number, string, bool, None, list or dict"
+    )
+
+
+def _plain_scalars(value: Any) -> Any:
+    """Turns array scalars into Python numbers and non-finite ones into strings, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain_scalars(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_scalars(item) for item in value]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fields(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name; an empty dict is a leaf, a list too."""
+    if not isinstance(value, dict) or not value:
+        return {prefix or "config": value}
+    fields: dict[str, Any] = {}
+    for key, item in value.items():
+        fields |= _fields(item, f"{prefix}.{key}" if prefix else key)
+    return fields
+
+
+def _show(fields: dict[str, Any], field: str) -> str:
+    return json.dumps(fields[field]) if field in fields else "absent"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    temporary.replace(path)

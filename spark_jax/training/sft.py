@@ -1,0 +1,101 @@
+"""Supervised fine-tuning: next-token cross-entropy on target tokens only (method page, §2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from spark_jax.losses import aggregation_weights, cross_entropy
+from spark_jax.models.config import ModelConfig
+from spark_jax.scoring import DEFAULT_CHUNK, token_logprobs
+from spark_jax.training.state import TrainState
+from spark_jax.training.update import apply_update
+
+
+@flax.struct.dataclass
+class SFTBatch:
+    """B right-padded or packed sequences of T tokens."""
+
+    tokens: Any  # int [B, T]
+    loss_mask: Any  # bool [B, T], on the tokens to be predicted; the prediction is made one before
+    segment_ids: Any = None  # int [B, T]: which of several packed sequences; 0 is padding
+    positions: Any = None  # int [B, T]; counted from each segment's start where not given
+
+
+def sft_step(
+    state: TrainState,
+    batch: SFTBatch,
+    *,
+    model_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    accumulation_steps: int = 1,
+    chunk: int = DEFAULT_CHUNK,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update on the mean cross-entropy over all target tokens of the batch.
+
+    Micro-batches share one normaliser, so `accumulation_steps` changes memory, not the update.
+    Pure; jit it with everything but `state` and `batch` bound and `donate_argnums=0`.
+
+    Returns:
+      the state and metrics: `loss` in nats per target token, `target_tokens`, and those of
+      `update.apply_update`. A batch without targets has loss 0.
+
+    Raises:
+      ValueError: the rows do not divide into `accumulation_steps`.
+    """
+    targets = target_mask(batch)
+    weights = aggregation_weights(targets, "token_mean")
+
+    def loss_function(
+        params: Any, inputs: tuple[SFTBatch, Array]
+    ) -> tuple[Float[Array, ""], tuple[()]]:
+        rows, row_weights = inputs
+        return _loss(params, rows, row_weights, model_config, chunk), ()
+
+    state, _, metrics = apply_update(
+        state, (batch, weights), loss_function, optimizer, accumulation_steps
+    )
+    return state, metrics | {"target_tokens": targets.sum().astype(jnp.float32)}
+
+
+def sft_loss(
+    params: Any, batch: SFTBatch, *, model_config: ModelConfig, chunk: int = DEFAULT_CHUNK
+) -> Float[Array, ""]:
+    """The loss of `sft_step` without an update: nats per target token, for held-out data."""
+    weights = aggregation_weights(target_mask(batch), "token_mean")
+    return _loss(params, batch, weights, model_config, chunk)
+
+
+def target_mask(batch: SFTBatch) -> Bool[Array, "B S"]:
+    """Which of the S = T − 1 `tokens[:, 1:]` are targets.
+
+    Those marked in `loss_mask`, but for padding (segment 0) and the first token of a segment, which
+    has nothing to be predicted from.
+    """
+    mask = batch.loss_mask[:, 1:].astype(bool)
+    if batch.segment_ids is None:
+        return mask
+    ids = batch.segment_ids
+    return mask & (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+
+
+def _loss(
+    params: Any,
+    batch: SFTBatch,
+    weights: Float[Array, "B S"],
+    model_config: ModelConfig,
+    chunk: int,
+) -> Float[Array, ""]:
+    logprobs = token_logprobs(
+        params,
+        model_config,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        chunk=chunk,
+    )
+    return cross_entropy(logprobs, target_mask(batch), weights=weights)

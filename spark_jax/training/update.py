@@ -1,0 +1,110 @@
+"""One optimiser update, whatever the loss: micro-batches, non-finite guard, counters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from spark_jax.training.state import TrainState
+
+LossFunction = Callable[[Any, Any], tuple[Float[Array, ""], Any]]
+"""(params, rows) -> (these rows' share of the loss, arrays with the rows on their first axis).
+
+The shares of all rows of a batch must *add up* to its loss, so normalise by the whole batch
+beforehand and hand each row its weights: a mean of means would weigh ragged rows wrongly.
+"""
+
+
+def apply_update(
+    state: TrainState,
+    batch: Any,
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    accumulation_steps: int = 1,
+) -> tuple[TrainState, Any, dict[str, Float[Array, ""]]]:
+    """One update of the parameters from a pytree of arrays with B rows on their first axis.
+
+    Where the loss or the gradient's global norm is not finite, parameters and optimiser state stay
+    as they are, bit for bit, and `skipped` counts it; `step` advances either way.
+
+    Returns:
+      the new state; the loss function's arrays for all B rows, in their order; and the metrics
+      `loss` (nats), `grad_norm` (before clipping) and `update_skipped` (0 or 1).
+
+    Raises:
+      ValueError: B is not a multiple of `accumulation_steps`.
+    """
+    loss, grads, per_row = accumulate_gradients(
+        loss_function, state.params, batch, accumulation_steps
+    )
+    grad_norm = _global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep_if_finite(new: Array, old: Array) -> Array:
+        return jnp.where(finite, new, old)
+
+    new_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=jax.tree.map(keep_if_finite, params, state.params),
+        opt_state=jax.tree.map(keep_if_finite, opt_state, state.opt_state),
+        skipped=state.skipped + (~finite).astype(state.skipped.dtype),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "update_skipped": (~finite).astype(jnp.float32),
+    }
+    return new_state, per_row, metrics
+
+
+def accumulate_gradients(
+    loss_function: LossFunction, params: Any, batch: Any, accumulation_steps: int = 1
+) -> tuple[Float[Array, ""], Any, Any]:
+    """Loss, gradient and per-row arrays of a batch of B rows, `B / accumulation_steps` at a time.
+
+    Gradients are summed in float32 and returned in the parameters' dtype.
+    """
+    value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if accumulation_steps < 1 or rows % accumulation_steps:
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps} does not divide the batch of {rows} rows; "
+            "choose a divisor"
+        )
+    if accumulation_steps == 1:
+        (loss, per_row), grads = value_and_grad(params, batch)
+        return loss, grads, per_row
+
+    def add(total: tuple[Array, Any], micro_batch: Any) -> tuple[tuple[Array, Any], Any]:
+        (loss, per_row), grads = value_and_grad(params, micro_batch)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, grads)), per_row
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    micro_batches = jax.tree.map(lambda x: _split_rows(x, accumulation_steps), batch)
+    (loss, grads), per_row = jax.lax.scan(add, (jnp.zeros(()), zeros), micro_batches)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return loss, grads, jax.tree.map(_join_rows, per_row)
+
+
+def _global_norm(tree: Any) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _split_rows(x: Array, steps: int) -> Array:
+    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes rows i, i + steps, ...: where rows
+    are sharded over devices, every device keeps a share of every micro-batch."""
+    return x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join_rows(x: Array) -> Array:
+    """The inverse of `_split_rows`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -1,0 +1,183 @@
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import CONFIG, params
+
+from spark_jax.models.config import ModelConfig
+from spark_jax.training import optimizer as optimizers
+from spark_jax.training import state as train_state
+from spark_jax.training.checkpointing import Checkpoints, TemplateMismatch
+from spark_jax.training.sft import SFTBatch, sft_step
+
+
+def fresh_run(*, key=None, width=16):
+    """State and step function of a run, all objects new."""
+    config = ModelConfig(**{**vars(CONFIG), "width": width})
+    optimizer = optimizers.make(
+        {"learning_rate": 0.01, "schedule": "cosine", "total_steps": 9, "clip_norm": 1.0}
+    )
+    state = train_state.create(params(config), optimizer, jax.random.key(5) if key is None else key)
+    step = jax.jit(functools.partial(sft_step, model_config=config, optimizer=optimizer))
+    return state, step
+
+
+def batch_for(state):
+    """Drawn from the state's key and step, as a resumed run draws it."""
+    tokens = jax.random.randint(train_state.step_key(state), (4, 8), 0, 11)
+    return SFTBatch(tokens=tokens, loss_mask=jnp.ones((4, 8), bool))
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        assert a.dtype == b.dtype, path
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
+    state, step = fresh_run()
+    history = [state]
+    for _ in range(5):
+        state, _ = step(state, batch_for(state))
+        history.append(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, history[2], {"position": {"epoch": 0, "row": 8}, "rows": 2})
+
+    template, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed, extra = checkpoints.restore_latest(template)
+    assert extra == {"position": {"epoch": 0, "row": 8}, "rows": 2}
+    assert_same_bits(resumed, history[2])
+    for _ in range(3):
+        resumed, _ = step(resumed, batch_for(resumed))
+    assert_same_bits(resumed, history[5])
+    assert not np.array_equal(history[5].params.embedding, history[2].params.embedding)
+
+
+def test_awkward_leaves_come_back_bit_for_bit(tmp_path):
+    odd = jnp.asarray([np.nan, np.inf, -0.0, 1e-45], jnp.float32)
+    tree = {"odd": odd, "half": odd.astype(jnp.bfloat16), "none": None, "list": [odd, ()]}
+    for i, key in enumerate((jax.random.PRNGKey(3), jax.random.key(3, impl="rbg"))):
+        state = train_state.create(tree, optax.sgd(0.1, momentum=0.9), key)
+        with Checkpoints(tmp_path / str(i)) as checkpoints:
+            checkpoints.save(0, state)
+            shapes = jax.eval_shape(lambda s: s, state)
+            restored, extra = checkpoints.restore_latest(shapes)
+        assert_same_bits(restored, state)
+        assert extra == {}
+
+
+def test_only_the_newest_are_kept_and_an_empty_folder_has_none(tmp_path):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore_latest(state) is None
+        for step in (1, 5, 9):
+            checkpoints.save(step, state, {"step": step})
+        assert checkpoints.steps() == [5, 9]
+        assert checkpoints.restore_latest(state)[1] == {"step": 9}
+        with pytest.raises(ValueError, match=r"cannot save step 9 .* step 9 is there already"):
+            checkpoints.save(9, state)
+
+
+def files_that_matter(folder):
+    return {
+        "values": max((folder / "state" / "d").iterdir(), key=lambda f: f.stat().st_size),
+        "index": folder / "state" / "manifest.ocdbt",
+        "tree": folder / "state" / "_METADATA",
+        "extra": folder / "extra" / "metadata",
+        "sharding": folder / "state" / "_sharding",
+    }
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("which", ["values", "index", "tree", "extra"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, which, damage):
+    state, _ = fresh_run()
+    later = state.replace(step=state.step + 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {"step": 3})
+        checkpoints.save(4, later, {"step": 4})
+    file = files_that_matter(tmp_path / "4")[which]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.warns(UserWarning, match=r"4 cannot be read .* 4\.torn, going on from step 3"):
+            restored, extra = checkpoints.restore_latest(state)
+        assert extra == {"step": 3}
+        assert_same_bits(restored, state)
+        checkpoints.save(4, later, {"step": 4})  # the resumed run comes past the same step again
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(state)[1] == {"step": 4}
+        assert (tmp_path / "4.torn").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+    shutil.rmtree(tmp_path / "3" / "state" / "d")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"no checkpoint in .* can be read .*step 3"):
+            checkpoints.restore_latest(state)
+        assert checkpoints.steps() == [3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_typed_key_never_comes_back_as_plain_numbers(tmp_path):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+    files_that_matter(tmp_path / "3")["sharding"].unlink()
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="key came back as uint32"),
+    ):
+        checkpoints.restore_latest(jax.eval_shape(lambda s: s, state))
+
+
+def test_another_model_is_refused_by_name_and_nothing_is_set_aside(tmp_path):
+    state, _ = fresh_run()
+    other, _ = fresh_run(width=24)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+        with pytest.raises(TemplateMismatch, match=r"params\.\w+.*wanted .*24.* and \d+ more"):
+            checkpoints.restore_latest(other)
+        half = state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
+        with pytest.raises(TemplateMismatch, match=r"saved .*float32.* wanted .*bfloat16"):
+            checkpoints.restore_latest(half)
+        assert checkpoints.steps() == [3]
+
+
+@pytest.mark.parametrize("extra", [{"a": (1, 2)}, {"a": {1: 2}}, {"a": object()}, {"a": np.nan}])
+def test_extra_that_would_not_come_back_is_refused(tmp_path, extra):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="extra="):
+            checkpoints.save(1, state, extra)
+        assert checkpoints.steps() == []
+
+
+def test_a_save_that_died_half_way_is_not_seen(tmp_path):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+    shutil.copytree(tmp_path / "3", tmp_path / "4.orbax-checkpoint-tmp-12")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [3]
+        assert_same_bits(checkpoints.restore_latest(state)[0], state)

@@ -1,0 +1,109 @@
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from spark_jax.training.run_folder import RunFolder, versions
+
+
+def config(**changes):
+    base = {
+        "seed": 0,
+        "name": None,
+        "rl": {"learning_rate": 1e-6, "betas": (0.9, 0.95), "schedule": {}},
+    }
+    return ml_collections.ConfigDict({**base, **changes})
+
+
+def test_a_new_folder_holds_the_resolved_config_the_versions_and_the_subfolders(tmp_path):
+    cfg = config()
+    cfg.alias = cfg.get_ref("seed")
+    run = RunFolder.open(tmp_path / "runs" / "a", cfg)
+    assert not run.resumed
+    written = json.loads((run.path / "config.json").read_text())
+    assert written == run.config
+    assert written["alias"] == 0
+    assert written["rl"] == {"learning_rate": 1e-6, "betas": [0.9, 0.95], "schedule": {}}
+    assert json.loads((run.path / "versions.json").read_text()) == versions()
+    assert versions()["jax"] == jax.__version__
+    assert versions()["device_kind"] == jax.devices()[0].device_kind
+    for folder in (run.checkpoints, run.samples, run.plots):
+        assert folder.is_dir()
+        assert folder.parent == run.path
+
+
+def test_the_same_config_resumes_whether_dict_or_config_dict(tmp_path):
+    RunFolder.open(tmp_path, config())
+    assert RunFolder.open(tmp_path, config()).resumed
+    assert RunFolder.open(tmp_path, config().to_dict()).resumed
+    nested = {**config().to_dict(), "rl": config().rl}
+    assert RunFolder.open(tmp_path, nested).resumed
+
+
+def test_another_config_is_refused_field_by_field_and_leaves_the_folder_alone(tmp_path):
+    RunFolder.open(tmp_path, config())
+    before = (tmp_path / "config.json").read_text()
+    other = config(seed=1)
+    other.rl.learning_rate = 5e-7
+    other.rl.schedule = {"kind": "cosine"}
+    del other.name
+    other.extra = True
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        RunFolder.open(tmp_path, other)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "extra: absent in the folder, true now",
+        "name: null in the folder, absent now",
+        "rl.learning_rate: 1e-06 in the folder, 5e-07 now",
+        "rl.schedule: {} in the folder, absent now",
+        'rl.schedule.kind: absent in the folder, "cosine" now',
+        "seed: 0 in the folder, 1 now",
+    ]
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        ({"a": {"b": [1, {2}]}}, r"config\.a\.b\[1\]=\{2\}"),
+        ({"a": np.float32(1)}, r"config\.a="),
+        ({"a": float("nan")}, r"config\.a=nan"),
+        ({"a": {1: 2}}, r"config\.a has the key 1"),
+    ],
+)
+def test_what_is_not_json_is_refused_by_its_field(tmp_path, bad, field):
+    with pytest.raises(ValueError, match=field):
+        RunFolder.open(tmp_path / "run", bad)
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_of_unknown_origin_are_not_adopted(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl but no config\.json"):
+        RunFolder.open(tmp_path, config())
+
+
+def test_changed_versions_are_reported_and_recorded(tmp_path):
+    run = RunFolder.open(tmp_path, config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RunFolder.open(tmp_path, config())
+    path = run.path / "versions.json"
+    path.write_text(json.dumps({**versions(), "jax": "0.0.1"}))
+    with pytest.warns(UserWarning, match=rf"jax 0\.0\.1 -> {jax.__version__}"):
+        RunFolder.open(tmp_path, config())
+    assert json.loads(path.read_text()) == versions()
+
+
+def test_summary_takes_array_scalars_and_survives_a_failed_write(tmp_path):
+    run = RunFolder.open(tmp_path, config())
+    run.write_summary({"f1": jnp.float32(0.5), "per": {"n": np.int64(3)}, "gap": [float("nan")]})
+    want = {"f1": 0.5, "per": {"n": 3}, "gap": ["nan"]}
+    assert json.loads((tmp_path / "summary.json").read_text()) == want
+    with pytest.raises(ValueError, match=r"summary\.f1="):
+        run.write_summary({"f1": object()})
+    assert json.loads((tmp_path / "summary.json").read_text()) == want

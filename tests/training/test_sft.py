@@ -1,0 +1,118 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import CONFIG, params
+
+from spark_jax.models import transformer
+from spark_jax.training import state as train_state
+from spark_jax.training.sft import SFTBatch, sft_loss, sft_step, target_mask
+
+ROWS, LENGTH = 6, 9
+
+
+def ragged_batch():
+    """Targets from 0 to 7 a row, so that a mean of means is far from the mean."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(LENGTH) >= np.array([1, 8, 9, 3, 5, 7])[:, None]
+    mask[0, 0] = True  # has nothing before it: not a target
+    mask[3, 8] = False
+    return SFTBatch(
+        tokens=jnp.asarray(rng.integers(0, 11, (ROWS, LENGTH))), loss_mask=jnp.asarray(mask)
+    )
+
+
+def packed_batch():
+    """Each row: two sequences and padding."""
+    batch = ragged_batch()
+    ids = np.repeat([[1, 1, 1, 1, 2, 2, 2, 0, 0]], ROWS, axis=0)
+    return batch.replace(segment_ids=jnp.asarray(ids), loss_mask=jnp.ones((ROWS, LENGTH), bool))
+
+
+SGD = optax.sgd(0.3)
+STEP = jax.jit(
+    partial(sft_step, model_config=CONFIG, optimizer=SGD), static_argnames="accumulation_steps"
+)
+LOSS = jax.jit(partial(sft_loss, model_config=CONFIG))
+
+
+@jax.jit
+def full_scores(params, tokens):
+    hidden = transformer.forward(params, CONFIG, tokens[None])
+    return transformer.logits(params, CONFIG, hidden)[0]
+
+
+def full_logprobs(tokens):
+    """[T, V] log-probabilities of one unpadded sequence, from the whole matrix of scores."""
+    scores = np.asarray(full_scores(params(), jnp.asarray(tokens)), np.float64)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def test_loss_is_numpy_cross_entropy_over_the_whole_batch():
+    batch = ragged_batch()
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.loss_mask)
+    terms = []
+    for b in range(ROWS):
+        logprobs = full_logprobs(tokens[b])
+        terms += [-logprobs[t - 1, tokens[b, t]] for t in range(1, LENGTH) if mask[b, t]]
+    got = jax.jit(partial(sft_loss, model_config=CONFIG, chunk=5))(params(), batch)
+    np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
+
+
+def test_packed_sequences_cost_what_they_cost_apart():
+    batch = packed_batch()
+    tokens = np.asarray(batch.tokens)
+    terms = []
+    for b in range(ROWS):
+        for part in (tokens[b, :4], tokens[b, 4:7]):
+            logprobs = full_logprobs(part)
+            terms += [-logprobs[t - 1, part[t]] for t in range(1, len(part))]
+    assert int(target_mask(batch).sum()) == len(terms)
+    got = LOSS(params(), batch)
+    np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("make_batch", "steps"), [(ragged_batch, 6), (packed_batch, 2)])
+def test_accumulated_update_equals_the_whole_one(make_batch, steps):
+    state = train_state.create(params(), SGD, jax.random.key(0))
+    whole, metrics = STEP(state, make_batch())
+    split, split_metrics = STEP(state, make_batch(), accumulation_steps=steps)
+    assert float(metrics["target_tokens"]) == float(target_mask(make_batch()).sum())
+    for name, value in metrics.items():
+        np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_training_learns_the_targets_and_nothing_else():
+    batch = ragged_batch()
+    optimizer = optax.adam(1e-2)
+    own = jax.tree.map(jnp.copy, params())
+    state = train_state.create(own, optimizer, jax.random.key(0))
+    step = jax.jit(partial(sft_step, model_config=CONFIG, optimizer=optimizer), donate_argnums=0)
+    losses = []
+    for _ in range(200):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2
+    assert losses[-1] < 0.5
+    # Tokens after the last target have no influence: changing them changes no gradient.
+    other = batch.replace(tokens=batch.tokens.at[3, 8].set((batch.tokens[3, 8] + 1) % 11))
+    np.testing.assert_array_equal(
+        LOSS(state.params, other),
+        LOSS(state.params, batch),
+    )
+
+
+def test_a_batch_without_targets_changes_nothing():
+    batch = ragged_batch()
+    state = train_state.create(params(), SGD, jax.random.key(0))
+    empty = batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask))
+    after, metrics = STEP(state, empty)
+    assert float(metrics["loss"]) == 0
+    assert float(metrics["grad_norm"]) == 0
+    assert int(after.skipped) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
