@@ -83,7 +83,7 @@ def init(config: ModelConfig, key: Array) -> Params:
         key_norm=jnp.ones((n, k)) if config.qk_norm else None,
     )
     return Params(
-        embedding=0.02 * normal((config.vocab_size, d), 1.0),
+        embedding=normal((config.vocab_size, d), d),
         layers=layers,
         final_norm=jnp.ones(d),
         head=None if config.tied_embeddings else normal((d, config.vocab_size), d),

@@ -195,6 +195,30 @@ def verify_solutions(
     )
 
 
+def aggregate_first(
+    record: VerifiedSolution, num_samples: int, methods: Sequence[str], *, seed: int
+) -> VerifiedSolution:
+    """What the methods would have made of the first `num_samples` of a solution's N samples.
+
+    For methods without critique, which need no model; nothing is sampled. `seed` is the stage's.
+
+    Raises ValueError for an unknown method, and for one with a critique.
+    """
+    _require_known(methods)
+    critiqued = [method for method in methods if AGGREGATIONS[method].critique]
+    if critiqued:
+        raise ValueError(f"{critiqued} need a model for their critiques; choose voting methods")
+    free, guided = record.samples[:num_samples], record.reference_samples[:num_samples]
+    key = _aggregation_key(seed, record.problem_id, record.solution_index)
+    aggregated = tuple(
+        aggregate(guided if AGGREGATIONS[method].reference else free, method, key=key)
+        for method in methods
+    )
+    return dataclasses.replace(
+        record, samples=free, reference_samples=guided, aggregated=aggregated
+    )
+
+
 def _verify(
     sample: Sample,
     text_format: TextFormat,
@@ -281,13 +305,17 @@ def _choose(
 ) -> Aggregated:
     """The choice of one method, drawn with the same key for all methods of a solution."""
     reference = AGGREGATIONS[method].reference
-    key = _seed(seed, "aggregate", problem.id, solution.index)
+    key = _aggregation_key(seed, problem.id, solution.index)
     item = aggregate(guided if reference else free, method, key=key)
     if not solution.steps:
         return dataclasses.replace(item, reason="no_steps")
     if reference and problem.answer is None:
         return dataclasses.replace(item, reason="no_reference")
     return item
+
+
+def _aggregation_key(seed: int, problem_id: str, solution_index: int) -> int:
+    return _seed(seed, "aggregate", problem_id, solution_index)
 
 
 def _read_solution(

@@ -1,0 +1,171 @@
+"""How good a policy or a reward model is, on held-out problems of the task.
+
+    python -m spark_jax.experiments.evaluate --config=configs/demo.py \
+        --config.run_dir=runs/evaluate --config.model=runs/demo/seed0/rl_0/model
+    python -m spark_jax.experiments.evaluate --config=configs/demo.py \
+        --config.run_dir=runs/evaluate_prm --config.model=runs/demo/seed0/prm_single/model \
+        --config.evaluate.what=reward_model
+
+Prints and writes `summary.json`, with 95 % bootstrap intervals over problems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spark_jax.data import tasks
+from spark_jax.data.formats import RewardKind
+from spark_jax.data.records import Problem, SamplingSettings, Solution
+from spark_jax.evaluation import intervals, processbench
+from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
+from spark_jax.experiments import launch
+from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.rewards import format as response_format
+from spark_jax.rewards.prm import judge
+from spark_jax.steps import step_texts
+from spark_jax.text_generation import SampledText, TextModel, text_sampler
+from spark_jax.training.run_folder import RunFolder
+
+HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples what training samples
+
+
+def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
+    full = config
+    config = launch.sub_config(config, "evaluate", "prm")
+    folder = RunFolder.open(path, config)
+    task = tasks.load(config.task)
+    model = launch.text_model(*launch.load_model(config.model), name=config.model)
+    if config.evaluate.what == "policy":
+        summary = policy_scores(config, task, model)
+    elif config.evaluate.what == "reward_model":
+        base = launch.sub_config(full, "evaluate", "generate", model=full.task)
+        held_out = held_out_solutions(base, task)
+        summary = reward_model_scores(config, task, model, config.prm.kind, *held_out)
+    else:
+        what = config.evaluate.what
+        raise ValueError(f"evaluate.what={what!r}; choose 'policy' or 'reward_model'")
+    folder.write_summary(summary)
+    return summary
+
+
+def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[str, Any]:
+    """Accuracy on held-out problems: avg@k with its interval, pass@k, maj@k; length and format."""
+    problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
+    k = config.evaluate.samples_per_problem
+    samples = text_sampler(model)(
+        [task.text_format.solve_prompt(problem) for problem in problems],
+        samples_per_prompt=k,
+        settings=SamplingSettings(
+            temperature=config.evaluate.temperature, max_new_tokens=config.decode.max_new_tokens
+        ),
+        seed=config.seed + HELD_OUT_SEED,
+    )
+    correct = np.array(
+        [
+            [is_right(task, problem, sample.text) for sample in group]
+            for problem, group in zip(problems, samples, strict=True)
+        ]
+    )
+    answers = [[task.text_format.final_answer(s.text) for s in group] for group in samples]
+    references = [problem.answer for problem in problems if problem.answer is not None]
+    flat = [sample for group in samples for sample in group]
+    return {
+        "accuracy": dataclasses.asdict(intervals.bootstrap_interval(avg_at_k(correct))),
+        f"pass@{k}": float(pass_at_k(correct, k).mean()),
+        f"maj@{k}": float(maj_at_k(answers, references, task.text_format.same_answer).mean()),
+        "response_length": float(np.mean([len(sample.token_ids) for sample in flat])),
+        "format_kept": float(np.mean([response_format.format_ok(s.text) for s in flat])),
+        "steps": float(np.mean([len(task.text_format.split_steps(s.text)) for s in flat])),
+        "num_problems": len(problems),
+        "samples_per_problem": k,
+        "correct_per_problem": correct.mean(axis=1).tolist(),
+    }
+
+
+def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem], list[Solution]]:
+    """Solutions of held-out problems by `config.model`, one a problem, with their ground truth."""
+    problems = task.problems(config.evaluate.num_solutions, config.seed, "eval")
+    generator = launch.text_model(*launch.load_model(config.model), name=config.model)
+    samples = text_sampler(generator)(
+        [task.text_format.solve_prompt(problem) for problem in problems],
+        samples_per_prompt=1,
+        settings=SamplingSettings(
+            temperature=config.generate.temperature,
+            top_p=config.generate.top_p,
+            max_new_tokens=config.decode.max_new_tokens,
+        ),
+        seed=config.seed + HELD_OUT_SEED,
+    )
+    solutions = [
+        as_solution(task, problem, group[0])
+        for problem, group in zip(problems, samples, strict=True)
+    ]
+    return problems, tasks.with_labels(task, problems, solutions)
+
+
+def reward_model_scores(
+    config: Config,
+    task: tasks.Task,
+    model: TextModel,
+    kind: RewardKind,
+    problems: Sequence[Problem],
+    solutions: Sequence[Solution],
+) -> dict[str, Any]:
+    """ProcessBench's scores: the first step judged incorrect against the first that is.
+
+    An unreadable judgement is a wrong prediction. An ORM judges no steps: it has `overall_accuracy`
+    alone.
+    """
+    judged = judge(
+        text_sampler(model),
+        task.text_format,
+        problems,
+        [solution.text for solution in solutions],
+        kind,
+        SamplingSettings(greedy=True, max_new_tokens=config.decode.max_new_tokens),
+        seed=0,
+        checks=(),
+    )
+    right = [j.overall == s.correct for j, s in zip(judged.judgements, solutions, strict=True)]
+    scores: dict[str, Any] = {
+        "overall_accuracy": dataclasses.asdict(intervals.bootstrap_interval(right)),
+        "unparseable": judged.metrics["reward_model/unparseable"],
+        "num_solutions": len(solutions),
+    }
+    if kind != "orm":
+        predictions = [
+            processbench.first_error(j.verdicts) if j.judged_every_step else None
+            for j in judged.judgements
+        ]
+        labels = [processbench.first_error(s.step_labels or ()) for s in solutions]
+        scores |= processbench.score(predictions, labels)
+    return scores
+
+
+def is_right(task: tasks.Task, problem: Problem, text: str) -> bool:
+    """A right answer in a response that keeps the format: what RL is meant to bring about."""
+    answer = task.text_format.final_answer(response_format.valid_part(text))
+    right = task.text_format.same_answer(answer, problem.answer)
+    return right and response_format.format_ok(text)
+
+
+def as_solution(task: tasks.Task, problem: Problem, sample: SampledText) -> Solution:
+    return Solution(
+        problem_id=problem.id,
+        index=0,
+        text=sample.text,
+        steps=step_texts(sample.text, task.text_format.split_steps(sample.text)),
+        answer=task.text_format.final_answer(sample.text),
+        finished=sample.finished,
+    )
+
+
+if __name__ == "__main__":
+    launch.main(lambda config, path: print(json.dumps(run(config, path), indent=2)))

@@ -1,0 +1,114 @@
+"""SPARK stage I: solutions, N verifications of each, and one target verification by every method.
+
+    python -m spark_jax.experiments.generate_verifications --config=configs/demo.py \
+        --config.run_dir=runs/stage1 --config.verify.methods="('single', 'meta_critique')"
+
+Writes `solutions.jsonl`, `verified.jsonl` and, where the task knows the truth, how good the
+verifications of each method are (`summary.json`). Started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spark_jax.data import tasks
+from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
+from spark_jax.experiments import launch
+from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.text_generation import DecodeOptions, text_sampler
+from spark_jax.training.run_folder import RunFolder
+from spark_jax.verification.aggregate import AGGREGATIONS
+from spark_jax.verification.pipeline import aggregate_first, generate_solutions, verify_solutions
+from spark_jax.verification.report import report
+
+
+def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Stage I in the folder `path`; returns its summary. Progress is in problems, both passes."""
+    config = launch.sub_config(config, "generate", "verify")
+    folder = RunFolder.open(path, config)
+    task = tasks.load(config.task)
+    model = launch.text_model(*launch.load_model(config.model), name=config.model)
+    sample = text_sampler(model, DecodeOptions(slots=config.decode.slots))
+    problems = task.problems(config.generate.num_problems, config.seed, "train")
+
+    solutions = generate_solutions(
+        sample,
+        problems,
+        task.text_format,
+        samples_per_problem=config.generate.samples_per_problem,
+        settings=settings(config, config.generate),
+        seed=config.seed,
+        path=path / SOLUTIONS,
+        model=config.model,
+        chunk_size=config.generate.chunk_size,
+        on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
+    )
+    verified = verify_solutions(
+        sample,
+        problems,
+        solutions,
+        task.text_format,
+        methods=config.verify.methods,
+        samples_per_solution=config.verify.samples_per_solution,
+        settings=settings(config, config.verify),
+        seed=config.seed,
+        path=path / VERIFIED,
+        model=config.model,
+        chunk_size=config.verify.chunk_size,
+        on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
+    )
+
+    labelled = tasks.with_labels(task, problems, solutions)
+    summary = {
+        "num_problems": len(problems),
+        "num_solutions": len(solutions),
+        "methods": report(verified, labelled),
+        "by_sample_count": by_sample_count(config, verified, labelled),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+SOLUTIONS, VERIFIED = "solutions.jsonl", "verified.jsonl"
+
+
+def load(
+    path: Path, task: tasks.Task, config: Config
+) -> tuple[list[Problem], list[Solution], list[VerifiedSolution]]:
+    """What a stage I run left in `path`. FileNotFoundError where there is none."""
+    if not (path / VERIFIED).is_file():
+        raise FileNotFoundError(
+            f"prm.data={str(path)!r} holds no {VERIFIED}; run generate_verifications with "
+            "--config.run_dir set to it"
+        )
+    problems = task.problems(config.generate.num_problems, config.seed, "train")
+    solutions = read_jsonl(path / SOLUTIONS, Solution)
+    return problems, solutions, read_jsonl(path / VERIFIED, VerifiedSolution)
+
+
+def by_sample_count(
+    config: Config, verified: Sequence[VerifiedSolution], labelled: Sequence[Solution]
+) -> dict[str, Any]:
+    """The report had only the first n of the N samples been drawn, for methods that only vote."""
+    methods = [m for m in config.verify.methods if not AGGREGATIONS[m].critique]
+    return {
+        str(n): report(
+            [aggregate_first(record, n, methods, seed=config.seed) for record in verified], labelled
+        )
+        for n in config.verify.report_sample_counts
+        if n <= config.verify.samples_per_solution and methods
+    }
+
+
+def settings(config: Config, section: Config) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_new_tokens=config.decode.max_new_tokens,
+    )
+
+
+if __name__ == "__main__":
+    launch.main(run)

@@ -1,0 +1,193 @@
+"""The whole method, from a base model to better policies: stages I, II and III, and SPRO.
+
+    python -m spark_jax.experiments.pipeline --config=configs/demo.py
+
+For every seed: stage I makes step-by-step verifications without references, stage II a reward model
+from each aggregation method's, stage III policies with that reward model and with its baselines.
+Each part is the experiment of its own name in a folder of its own; a second start goes on where the
+first one stopped. Writes `summary.json`, `plots/*.png` and a closing table on the terminal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm, train_rl
+from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.reports import plots, study, tables
+from spark_jax.training.run_folder import RunFolder
+
+BASE = "base"
+
+
+def run(config: Config, path: Path) -> dict[str, Any]:
+    """All runs of `config.pipeline` under the folder `path`; returns the summary."""
+    for arm in config.pipeline.arms.values():
+        launch.validate_rl(arm_config(config, arm, seed=0, reward_model=""))
+    folder = RunFolder.open(path, config)
+    console = Console()
+    if config.pretrain:
+        config = make_base(config, path / BASE)
+
+    with _progress(console) as progress:
+        jobs = Jobs(progress, config.pipeline.workers)
+        seeds = list(config.pipeline.seeds)
+        jobs.run(
+            "Stage I: verifications",
+            [
+                (generate_verifications.run, seed_config(config, seed), path / stage1(seed))
+                for seed in seeds
+            ],
+        )
+        jobs.run(
+            "Stage II: reward models",
+            [
+                (evaluate.run, base_as_reward_model(config, seed), path / prm(seed, BASE))
+                for seed in seeds
+            ]
+            + [
+                (train_prm.run, prm_config(config, path, seed, method), path / prm(seed, method))
+                for seed in seeds
+                for method in config.verify.methods
+            ],
+        )
+        jobs.run(
+            "Stage III: policies",
+            [
+                (
+                    train_rl.run,
+                    arm_config(config, arm, seed, _reward_model(config, path, seed)),
+                    path / rl(seed, name),
+                )
+                for seed in seeds
+                for name, arm in config.pipeline.arms.items()
+            ],
+        )
+
+    results = study.collect(
+        path,
+        seeds=seeds,
+        methods=(BASE, *config.verify.methods),
+        arms=list(config.pipeline.arms),
+        folders=study.Folders(stage1, prm, rl),
+    )
+    folder.write_summary(results)
+    made = plots.draw(results, folder.plots)
+    tables.show(results, console)
+    console.print(f"summary: {path / 'summary.json'}")
+    for plot in made:
+        console.print(f"plot:    {plot}")
+    return results
+
+
+def stage1(seed: int) -> str:
+    return f"seed{seed}/stage1"
+
+
+def prm(seed: int, method: str) -> str:
+    return f"seed{seed}/prm_{method}"
+
+
+def rl(seed: int, arm: str) -> str:
+    return f"seed{seed}/rl_{arm}"
+
+
+def seed_config(config: Config, seed: int) -> Config:
+    return launch.changed(config, {"seed": seed})
+
+
+def base_as_reward_model(config: Config, seed: int) -> Config:
+    """The base itself asked for a verification: what stage II has to beat."""
+    changes = {"seed": seed, "evaluate.what": "reward_model", "prm.kind": "prm_cot"}
+    return launch.changed(config, changes)
+
+
+def prm_config(config: Config, path: Path, seed: int, method: str) -> Config:
+    changes = {"seed": seed, "prm.method": method, "prm.data": str(path / stage1(seed))}
+    return launch.changed(config, changes)
+
+
+def arm_config(config: Config, arm: Config, seed: int, reward_model: str) -> Config:
+    """One run of stage III: the arm's fields of `config.rl` over the common ones."""
+    changes = {f"rl.{field}": value for field, value in arm.items()}
+    return launch.changed(config, {"seed": seed, "rl.reward_model": reward_model, **changes})
+
+
+def make_base(config: Config, path: Path) -> Config:
+    """Pretrains the base afresh into `path` and uses it from here on."""
+    from spark_jax.experiments import pretrain
+
+    if not (path / "config.json").exists():
+        pretrain.run(path, seed=config.seed)
+    return launch.changed(config, {"model": str(path)})
+
+
+Job = tuple[Callable[[Config, Path, OnProgress], Any], Config, Path]
+
+
+class Jobs:
+    """Runs independent jobs on a few threads (the compiled programs run outside Python's lock),
+    with one bar per stage that counts the jobs' own units."""
+
+    def __init__(self, progress: Progress, workers: int) -> None:
+        self.progress, self.workers = progress, workers
+
+    def run(self, title: str, jobs: Iterable[Job]) -> None:
+        """Runs all jobs; the first error ends the stage and is raised."""
+        jobs = list(jobs)
+        share = dict.fromkeys(range(len(jobs)), 0.0)
+        lock = threading.Lock()
+        bar = self.progress.add_task(title, total=len(jobs))
+
+        def one(index: int) -> None:
+            job, config, path = jobs[index]
+            job(config, path, lambda done, total: report(index, done / total))
+            report(index, 1.0)
+
+        def report(index: int, done: float) -> None:
+            with lock:
+                share[index] = done
+                self.progress.update(bar, completed=sum(share.values()))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(one, index) for index in range(len(jobs))]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _reward_model(config: Config, path: Path, seed: int) -> str:
+    return str(path / prm(seed, config.prm.method) / "model")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=2,
+    )
+
+
+if __name__ == "__main__":
+    launch.main(run)

@@ -1,0 +1,409 @@
+"""SPARK stage III and SPRO: reinforcement learning with rewards and advantages by name.
+
+    python -m spark_jax.experiments.train_rl --config=configs/demo.py --config.run_dir=runs/rl \
+        --config.rl.reward_model=runs/prm/model --config.rl.advantage=grpo
+    python -m spark_jax.experiments.train_rl --config=configs/demo.py --config.run_dir=runs/rlvr \
+        --config.rl.reward=rule_based --config.rl.advantage=spro
+
+Writes metrics, sampled responses, checkpoints, the trained policy (`model/`) and `summary.json`.
+Started again, it goes on from the last checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spark_jax import decoding
+from spark_jax.advantages import (
+    ADVANTAGES,
+    AdvantageInputs,
+    dynamic_sampling_mask,
+    masked_step,
+    zero_variance_groups,
+)
+from spark_jax.data import tasks
+from spark_jax.data.formats import Sample
+from spark_jax.data.records import Problem, SamplingSettings
+from spark_jax.experiments import evaluate, launch
+from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.models import checkpoints
+from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.rewards.prm import (
+    REWARDS,
+    REWARDS_THAT_JUDGE,
+    REWARDS_THAT_NEED_REFERENCES,
+    Judged,
+    disagreement,
+    judge,
+)
+from spark_jax.rewards.process import (
+    cumulative_process_reward,
+    process_reward_auc,
+    step_process_rewards,
+)
+from spark_jax.rewards.records import RewardInputs
+from spark_jax.scoring import response_logprobs_and_entropy
+from spark_jax.steps import step_ids, token_offsets
+from spark_jax.text_generation import (
+    DecodeOptions,
+    SampledText,
+    TextModel,
+    rollout_texts,
+    sample_rollout,
+    text_sampler,
+)
+from spark_jax.training import optimizer, state
+from spark_jax.training.checkpointing import Checkpoints
+from spark_jax.training.metrics import MetricsWriter
+from spark_jax.training.policy import Objective, PolicyBatch, policy_step
+from spark_jax.training.run_folder import RunFolder
+
+NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
+
+
+def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
+    launch.validate_rl(config)
+    config = launch.sub_config(config, "rl", "prm", "evaluate")
+    folder = RunFolder.open(path, config)
+    task = tasks.load(config.task)
+    problems = task.problems(config.rl.num_problems, config.seed, "train")
+    order = grain.MapDataset.range(len(problems)).shuffle(seed=config.seed).repeat()
+    order = order.batch(config.rl.prompts_per_step)
+
+    initial, model_config, tokenizer = launch.load_model(config.model)
+    reward_model = _reward_model(config)
+    reference = initial if needs_reference_policy(config) else None
+    update = compiled_step(model_config, json.dumps(_update_settings(config)))
+    train = state.create(jax.tree.map(jnp.copy, initial), _optimizer(config), _key(config))
+
+    with Checkpoints(folder.checkpoints) as saved, MetricsWriter(path) as metrics:
+        restored = saved.restore_latest(train)
+        if restored is not None:
+            train, extra = restored
+        first = 1 + (extra["rollouts"] if restored is not None else 0)
+        metrics.truncate_after(first - 1)
+        policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
+        if first == 1:
+            metrics.scalars(0, _evaluation(config, task, policy))
+
+        for step in range(first, config.rl.steps + 1):
+            batch_problems = [
+                problems[i] for i in order[step - 1] for _ in range(config.rl.group_size)
+            ]
+            rollout, samples = roll_out(config, task, policy, batch_problems, step)
+            judged = judge_responses(config, task, reward_model, batch_problems, samples, step)
+            rewards = compute_rewards(config, task, batch_problems, samples, judged, step)
+            batch, values = make_batch(
+                config, task, model_config, reference, rollout, samples, rewards, judged, tokenizer
+            )
+            for part in minibatches(config, batch):
+                train, update_values = update(train, part)
+            policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
+
+            values |= {f"policy/{name}": value for name, value in update_values.items()}
+            values |= judged.metrics | truth_metrics(task, batch_problems, samples, judged)
+            if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
+                values |= _evaluation(config, task, policy)
+            metrics.scalars(step, values)
+            _write_samples(
+                folder.samples / f"step_{step:06d}.jsonl", batch_problems, samples, rewards
+            )
+            if step % config.rl.save_every == 0 or step == config.rl.steps:
+                saved.save(step, train, {"rollouts": step})
+            if on_progress:
+                on_progress(step, config.rl.steps)
+
+    checkpoints.save_hf(path / "model", train.params, model_config, tokenizer)
+    summary = {
+        "evaluation": evaluate.policy_scores(config, task, policy),
+        "skipped_updates": int(train.skipped),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def roll_out(
+    config: Config, task: tasks.Task, policy: TextModel, problems: Sequence[Problem], step: int
+) -> tuple[decoding.Rollout, list[SampledText]]:
+    """G responses to every G-th of the B problems (they stand there once per response)."""
+    different = problems[:: config.rl.group_size]
+    rollout = sample_rollout(
+        policy,
+        [task.text_format.solve_prompt(problem) for problem in different],
+        samples_per_prompt=config.rl.group_size,
+        settings=SamplingSettings(
+            temperature=config.rl.temperature, max_new_tokens=config.decode.max_new_tokens
+        ),
+        key=jax.random.fold_in(_key(config), step),
+        options=DecodeOptions(config.decode.max_prompt_length, config.decode.slots),
+    )
+    return rollout, rollout_texts(rollout, policy.tokenizer)
+
+
+def judge_responses(
+    config: Config,
+    task: tasks.Task,
+    reward_model: Sample | None,
+    problems: Sequence[Problem],
+    samples: Sequence[SampledText],
+    step: int,
+) -> Judged:
+    """Format checks, and the reward model's judgements where the reward needs them."""
+    return judge(
+        reward_model,
+        task.text_format,
+        problems,
+        [sample.text for sample in samples],
+        config.prm.kind,
+        SamplingSettings(greedy=True, max_new_tokens=config.decode.max_new_tokens),
+        seed=step,
+        checks=tuple(config.rl.format_checks),
+    )
+
+
+def compute_rewards(
+    config: Config,
+    task: tasks.Task,
+    problems: Sequence[Problem],
+    samples: Sequence[SampledText],
+    judged: Judged,
+    step: int,
+) -> np.ndarray:
+    """r [B]. Only a reward that needs references is handed problems that still have them."""
+    if config.rl.reward not in REWARDS_THAT_NEED_REFERENCES:
+        problems = [dataclasses.replace(problem, answer=None) for problem in problems]
+    inputs = RewardInputs(
+        problems=problems,
+        responses=[sample.text for sample in samples],
+        group_size=config.rl.group_size,
+        format=task.text_format,
+        format_ok=judged.format_ok,
+        judgements=judged.judgements if config.rl.reward in REWARDS_THAT_JUDGE else None,
+        seed=config.seed * 1_000_003 + step,
+    )
+    return REWARDS[config.rl.reward](inputs)
+
+
+def make_batch(
+    config: Config,
+    task: tasks.Task,
+    model_config: Any,
+    reference: Any,
+    rollout: decoding.Rollout,
+    samples: Sequence[SampledText],
+    rewards: np.ndarray,
+    judged: Judged,
+    tokenizer: Any,
+) -> tuple[PolicyBatch, dict[str, Any]]:
+    """Advantages and everything else the update needs; and metrics of rewards and advantages."""
+    group_size = config.rl.group_size
+    prompt_tokens = jnp.repeat(rollout.prompt_tokens, group_size, axis=0)
+    prompt_mask = jnp.repeat(rollout.prompt_mask, group_size, axis=0)
+    ref_logprobs = None
+    if reference is not None:
+        ref_logprobs, _ = compiled_score(model_config)(
+            reference, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
+        )
+    ids = None
+    if needs_step_ids(config):
+        ids = jnp.asarray(token_step_ids(task, tokenizer, samples, rollout.tokens.shape[1]))
+    inputs = AdvantageInputs(
+        rewards=jnp.asarray(rewards),
+        mask=rollout.mask,
+        group_size=group_size,
+        policy_logprobs=rollout.logprobs,
+        ref_logprobs=ref_logprobs,
+        verdicts=jnp.asarray(judged.verdicts),
+        step_ids=ids,
+    )
+    options = launch.given(config.rl.advantage_options)
+    advantages = compiled_advantage(config.rl.advantage, json.dumps(options))(inputs)
+    mask = rollout.mask & _kept_groups(config, inputs.rewards)[:, None]
+    batch = PolicyBatch(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        tokens=rollout.tokens,
+        mask=mask,
+        old_logprobs=rollout.logprobs,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs,
+    )
+    metrics = {
+        "reward/mean": inputs.rewards.mean(),
+        "reward/std": inputs.rewards.std(),
+        "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, group_size)
+        / (len(rewards) // group_size),
+        "advantage/mean_absolute": jnp.abs(advantages).sum() / rollout.mask.sum(),
+        "response/length": rollout.mask.sum(axis=1).mean(),
+        "response/finished": rollout.finished.mean(),
+        "response/trained_on": mask.any(axis=1).mean(),
+        "decode/slot_occupancy": rollout.slot_occupancy,
+    }
+    if config.rl.advantage in NEEDS_PROCESS_REWARDS:
+        metrics |= compiled_process_metrics(options.get("beta"))(inputs)
+    return batch, metrics
+
+
+def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
+    """The batches of a rollout's updates: `epochs` passes over `minibatches` slices of groups."""
+    n = config.rl.minibatches
+    slices = [
+        jax.tree.map(lambda x, i=i: x[i * len(x) // n : (i + 1) * len(x) // n], batch)
+        for i in range(n)
+    ]
+    return slices * config.rl.epochs
+
+
+def token_step_ids(
+    task: tasks.Task, tokenizer: Any, samples: Sequence[SampledText], num_tokens: int
+) -> np.ndarray:
+    """[B, T]: which step each sampled token belongs to, −1 outside any."""
+    texts, offsets = zip(*(token_offsets(tokenizer, s.token_ids) for s in samples), strict=True)
+    spans = [task.text_format.split_steps(text)[:MAX_STEPS] for text in texts]
+    return step_ids(spans, offsets, num_tokens)
+
+
+def truth_metrics(
+    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText], judged: Judged
+) -> dict[str, float]:
+    """What the run may look at but never learn from: accuracy against the references."""
+    pairs = zip(problems, samples, strict=True)
+    right = np.array([evaluate.is_right(task, problem, sample.text) for problem, sample in pairs])
+    metrics = {"truth/accuracy": float(right.mean())}
+    if any(judgement.called for judgement in judged.judgements):
+        metrics |= disagreement(judged.judgements, right)
+    return metrics
+
+
+def needs_reference_policy(config: Config) -> bool:
+    return config.rl.advantage in NEEDS_PROCESS_REWARDS or config.rl.objective.kl_coefficient > 0
+
+
+def needs_step_ids(config: Config) -> bool:
+    return config.rl.advantage in launch.NEEDS_VERDICTS + NEEDS_PROCESS_REWARDS
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_step(model_config: Any, settings: str) -> Any:
+    """One compiled policy step per setting, shared by all runs of a process."""
+    values = json.loads(settings)
+    step = functools.partial(
+        policy_step,
+        model_config=model_config,
+        optimizer=optimizer.make(values["optimizer"]),
+        objective=Objective(**values["objective"]),
+        accumulation_steps=values["accumulation_steps"],
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_score(model_config: Any) -> Any:
+    """Log-probs of responses under a fixed policy, compiled."""
+
+    def score(params: Any, *arrays: Any) -> Any:
+        return response_logprobs_and_entropy(params, model_config, *arrays)
+
+    return jax.jit(score)
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_advantage(name: str, options: str) -> Any:
+    return jax.jit(functools.partial(ADVANTAGES[name], **json.loads(options)))
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_process_metrics(beta: float | None) -> Any:
+    """Size of the masked step advantage; whether process rewards agree with step verdicts."""
+    given = {} if beta is None else {"beta": beta}
+
+    def metrics(inputs: AdvantageInputs) -> dict[str, Any]:
+        returns = cumulative_process_reward(
+            inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **given
+        )
+        msa = masked_step(returns, inputs.mask, inputs.group_size)
+        steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
+        return {
+            "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
+            "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
+        }
+
+    return jax.jit(metrics)
+
+
+def _reward_model(config: Config) -> Sample | None:
+    if config.rl.reward not in REWARDS_THAT_JUDGE:
+        return None
+    if not config.rl.reward_model:
+        raise ValueError(
+            f"rl.reward={config.rl.reward!r} needs rl.reward_model, the checkpoint folder of a "
+            "reward model; train_prm makes one in its run_dir/model"
+        )
+    model = launch.text_model(
+        *launch.load_model(config.rl.reward_model), name=config.rl.reward_model
+    )
+    return text_sampler(model, DecodeOptions(config.decode.max_prompt_length, config.decode.slots))
+
+
+def _evaluation(config: Config, task: tasks.Task, policy: TextModel) -> dict[str, float]:
+    scores = evaluate.policy_scores(config, task, policy)
+    return {
+        "eval/accuracy": scores["accuracy"]["estimate"],
+        "eval/response_length": scores["response_length"],
+        "eval/format_kept": scores["format_kept"],
+        "eval/steps": scores["steps"],
+    }
+
+
+def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
+    low, high = config.rl.filter_low, config.rl.filter_high
+    if low is None and high is None:
+        return jnp.ones(len(rewards), bool)
+    low, high = 0.0 if low is None else low, 1.0 if high is None else high
+    return dynamic_sampling_mask(rewards, config.rl.group_size, low=low, high=high)
+
+
+def _update_settings(config: Config) -> dict[str, Any]:
+    """What the compiled update depends on, as JSON values."""
+    objective = config.rl.objective.to_dict()
+    if objective["aggregation"] == "sequence_sum_const":
+        objective["sequence_constant"] = config.decode.max_new_tokens
+    updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
+    return {
+        "optimizer": {**config.rl.optimizer.to_dict(), "total_steps": updates},
+        "objective": objective,
+        "accumulation_steps": config.rl.accumulation_steps,
+    }
+
+
+def _optimizer(config: Config) -> Any:
+    return optimizer.make(_update_settings(config)["optimizer"])
+
+
+def _key(config: Config) -> jax.Array:
+    return jax.random.key(config.seed)
+
+
+def _write_samples(
+    path: Path, problems: Sequence[Problem], samples: Sequence[SampledText], rewards: np.ndarray
+) -> None:
+    """The responses of a rollout with their rewards, one JSON line each."""
+    with path.open("w") as file:
+        for problem, sample, reward in zip(problems, samples, rewards, strict=True):
+            row = {"problem": problem.id, "response": sample.text, "reward": float(reward)}
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    launch.main(run)

@@ -1,0 +1,226 @@
+"""The decoder: against full forwards, against itself one by one, and against the scorer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark_jax import decoding, scoring
+from spark_jax.decoding import decoder
+from spark_jax.decoding.generate import ladder
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
+)
+GREEDY = decoding.Sampling(greedy=True, stop_ids=(3, 4))
+RANDOM = decoding.Sampling(stop_ids=(3, 4))
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = transformer.init(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: 1.5 * x, params)  # sharper than at initialisation
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 50, n).tolist() for n in (1, 4, 8, 2, 5, 7, 3)]
+
+
+def generate(params, prompts, sampling=RANDOM, **options):
+    options = {"key": KEY, "samples_per_prompt": 1, "max_new_tokens": 20, **options}
+    return decoding.generate(params, CONFIG, prompts, sampling=sampling, **options)
+
+
+def responses(rollout):
+    rows = zip(np.asarray(rollout.tokens), np.asarray(rollout.mask), strict=True)
+    return [row[mask].tolist() for row, mask in rows]
+
+
+@jax.jit
+def full_logits(params, tokens):
+    return transformer.logits(params, CONFIG, transformer.forward(params, CONFIG, tokens))
+
+
+def greedy_by_full_forward(params, prompt, limit, stop_ids):
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + limit:
+        padded = jnp.asarray([tokens + [0] * (32 - len(tokens))])  # causal: the rest is not seen
+        tokens.append(int(jnp.argmax(full_logits(params, padded)[0, len(tokens) - 1])))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_full_forwards(params, prompts):
+    got = responses(generate(params, prompts[:4], GREEDY, max_new_tokens=8))
+    expected = [greedy_by_full_forward(params, p, 8, (3, 4)) for p in prompts[:4]]
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slots": 1},
+        {"slots": 6},
+        {"slots": 9, "slots_per_lane": 2},
+        {"slots": 15, "slots_per_lane": 5},
+    ],
+    ids=str,
+)
+def test_scheduling_changes_no_token(params, prompts, options):
+    """150 tokens need both ring sizes, so slots of very different age share the cache. One row in
+    three is greedy: continuous batching there is compared token for token at temperature 0."""
+    assert decoder.Shape(1, 1, 1, ladder(150), 1).rings == (96, 192)
+    sampling = decoding.Sampling(greedy=np.arange(7) % 3 == 0, stop_ids=(3,))
+    common = {"samples_per_prompt": 5, "max_new_tokens": 150}
+    together = generate(params, prompts, sampling, **common)
+    scheduled = generate(params, prompts, sampling, **common, **options)
+    lengths = list(map(len, responses(together)))
+    assert max(lengths) > 96
+    assert min(lengths) < 20
+    assert responses(scheduled) == responses(together)
+    np.testing.assert_allclose(scheduled.logprobs, together.logprobs, atol=1e-4)
+    np.testing.assert_array_equal(scheduled.finished, together.finished)
+    assert int(scheduled.decode_steps) >= int(together.decode_steps)
+
+
+def test_group_equals_replicated_prompts(params, prompts):
+    """Row b draws from (key, b), so G samples of one prompt are G copies of it, one sample each."""
+    group = generate(params, prompts[:3], samples_per_prompt=4)
+    copies = generate(params, [p for p in prompts[:3] for _ in range(4)])
+    assert responses(group) == responses(copies)
+    np.testing.assert_allclose(group.logprobs, copies.logprobs, atol=1e-5)
+    assert len({tuple(r) for r in responses(group)[:4]}) > 1
+
+
+def test_layouts_agree(params, prompts):
+    stacked = generate(params, prompts)
+    unrolled = generate(decoding.layout(params, CONFIG), prompts)
+    assert responses(stacked) == responses(unrolled)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_sampler_agrees_with_scorer(params, prompts, dtype, tolerance):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    rollout = decoding.generate(
+        decoding.layout(params, config),
+        config,
+        prompts,
+        key=KEY,
+        sampling=decoding.Sampling(temperature=0.8, top_p=0.9, stop_ids=(3,)),
+        samples_per_prompt=3,
+        max_new_tokens=40,
+    )
+    prompt_tokens, prompt_mask = (
+        jnp.repeat(x, 3, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
+    )
+    scored, _ = scoring.response_logprobs_and_entropy(
+        params, config, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
+    )
+    np.testing.assert_allclose(rollout.logprobs, scored, atol=tolerance)
+    assert np.all(np.asarray(rollout.logprobs)[~np.asarray(rollout.mask)] == 0)
+
+
+def test_stop_token_belongs_to_the_response(params, prompts):
+    rollout = generate(params, prompts, samples_per_prompt=4)
+    for response, finished in zip(responses(rollout), rollout.finished, strict=True):
+        assert (response[-1] in (3, 4)) == bool(finished)
+        assert not {3, 4} & set(response[:-1])
+        assert len(response) == 20 or finished
+    assert np.any(rollout.finished)
+    assert not np.all(rollout.finished)
+
+
+def test_a_stop_id_that_equals_padding_counts_too(params, prompts):
+    """Id 0 fills the arrays past the end; the mask alone says what is response."""
+    rollout = generate(params, prompts, decoding.Sampling(stop_ids=(0,)), samples_per_prompt=4)
+    ended = [r for r, f in zip(responses(rollout), rollout.finished, strict=True) if f]
+    assert ended
+    assert all(r[-1] == 0 and 0 not in r[:-1] for r in ended)
+
+
+def test_limits_and_stop_ids_by_row(params, prompts):
+    limits = [1, 2, 3, 20, 5, 6, 7]
+    rollout = generate(params, prompts, decoding.Sampling(), max_new_tokens=limits)
+    assert list(map(len, responses(rollout))) == limits
+    stops = np.asarray([[r[0]] for r in responses(rollout)])
+    stops[0] = -1
+    short = generate(params, prompts, decoding.Sampling(stop_ids=stops), max_new_tokens=limits)
+    assert list(map(len, responses(short))) == [1] * 7
+    np.testing.assert_array_equal(short.finished, [False] + [True] * 6)
+
+
+def test_rollout_layout_and_occupancy(params, prompts):
+    rollout = generate(params, prompts, samples_per_prompt=4, slots=4)
+    lengths = list(map(len, prompts))
+    np.testing.assert_array_equal(rollout.prompt_mask.sum(axis=1), lengths)
+    for row, prompt in zip(np.asarray(rollout.prompt_tokens), prompts, strict=True):
+        assert row[-len(prompt) :].tolist() == prompt
+    tokens = int(rollout.mask.sum())
+    assert float(rollout.slot_occupancy) == pytest.approx(tokens / (4 * int(rollout.decode_steps)))
+
+
+def test_same_key_same_rollout_and_another_key_another(params, prompts):
+    first, again = (responses(generate(params, prompts)) for _ in range(2))
+    assert first == again
+    assert responses(generate(params, prompts, key=jax.random.key(6))) != first
+
+
+def test_settings_recompile_nothing(params, prompts):
+    generate(params, prompts, max_new_tokens=17)
+    before = decoder.decode._cache_size()
+    for sampling in (
+        decoding.Sampling(temperature=0.3, stop_ids=(9,)),
+        decoding.Sampling(top_p=0.5),
+        decoding.Sampling(top_k=4, min_p=0.1, stop_ids=tuple(range(8))),
+        decoding.Sampling(greedy=np.arange(7) % 2 == 0, temperature=np.linspace(0.5, 2, 7)),
+    ):
+        generate(params, prompts[::-1], sampling, max_new_tokens=24, key=jax.random.key(1))
+    generate(params, [[*p[:6], 1] for p in prompts], max_new_tokens=20)  # same rung
+    assert decoder.decode._cache_size() == before
+
+
+def test_ladder_is_short_and_never_too_small():
+    rungs = {ladder(n) for n in range(1, 5000)}
+    assert all(ladder(n) >= n and ladder(n) <= 1.5 * n + 1 for n in range(1, 5000))
+    assert len(rungs) < 30
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1], [1, 2, 3]], {"max_prompt_length": 2}, "prompt 1 has 3 tokens.*max_prompt_length=2"),
+        ([[1, 50]], {}, r"prompt 0 has a token id outside 0\.\.49"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"max_new_tokens": [1, 2]}, r"max_new_tokens has shape \(2,\)"),
+        ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt=0"),
+        ([[1]], {"slots": 0}, "slots=0"),
+    ],
+)
+def test_bad_requests_are_refused(params, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(params, prompts, **options)
+
+
+def test_no_vocabulary_sort_and_no_wide_scores_in_the_program(params):
+    """What the decode loop must not hold: a sort of the vocabulary, or scores of a whole prompt."""
+    config = dataclasses.replace(CONFIG, vocab_size=1031)
+    params = transformer.init(config, jax.random.key(0))
+    shape = decoder.Shape(lanes=2, width=3, group_size=3, columns=16, prefill=2)
+    sampling = decoding.Sampling(top_p=0.9, top_k=5).per_prompt(2)
+    requests = decoder.Requests(
+        np.ones((2, 24), np.int32), np.full(2, 9), np.full(2, 16), sampling, np.int32(2)
+    )
+    text = decoder.decode.lower(params, requests, KEY, config=config, shape=shape).as_text()
+    assert "1031" in text
+    assert "stablehlo.sort" not in text
+    assert "x24x1031x" not in text

@@ -1,0 +1,55 @@
+"""The block head: closed form, finite differences, odd sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from spark_jax.kernels.linear_logprob import linear_logprob, linear_logprob_and_entropy
+
+
+def inputs(n=7, width=6, vocab=11, scale=1.0):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = scale * jax.random.normal(keys[0], (n, width))
+    return (
+        hidden,
+        jax.random.normal(keys[1], (width, vocab)),
+        jax.random.randint(keys[2], n, 0, vocab),
+    )
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_closed_form_for_any_block(block):
+    hidden, matrix, targets = inputs()
+    logprob, logsumexp, entropy = linear_logprob_and_entropy(hidden, matrix, targets, block=block)
+    scores = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64)
+    expected = np.log(np.exp(scores).sum(axis=1))
+    p = np.exp(scores - expected[:, None])
+    np.testing.assert_allclose(logsumexp, expected, rtol=1e-5)
+    np.testing.assert_allclose(logprob, np.log(p[np.arange(7), targets]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-4, atol=1e-5)
+    pair = linear_logprob(hidden, matrix, targets, block=block)
+    np.testing.assert_array_equal(pair[0], logprob)
+    np.testing.assert_array_equal(pair[1], logsumexp)
+
+
+def test_gradients_by_finite_differences():
+    hidden, matrix, targets = inputs(n=5, width=3, vocab=4)
+
+    def outputs(h, m):
+        return linear_logprob_and_entropy(jnp.asarray(h), jnp.asarray(m), targets, block=2)
+
+    check_grads(outputs, (hidden, matrix), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
+
+
+def test_huge_scores_stay_finite():
+    hidden, matrix, targets = inputs(scale=1e4)
+    results = linear_logprob_and_entropy(hidden, matrix, targets, block=4)
+    assert all(np.all(np.isfinite(x)) for x in results)
+
+
+def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match=r"'cuda'.*xla"):
+        linear_logprob(*inputs(), implementation="cuda")
+    with pytest.raises(ValueError, match="choose from"):
+        linear_logprob_and_entropy(*inputs(), implementation="")

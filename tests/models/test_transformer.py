@@ -1,0 +1,203 @@
+"""The transformer against an independent NumPy loop, and its cached form against its full form."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark_jax.models import cache, transformer
+from spark_jax.models.config import ModelConfig
+
+PLAIN = ModelConfig(
+    vocab_size=50,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=24,
+)
+VARIANTS = {
+    "llama": PLAIN,
+    "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
+    "qwen3": dataclasses.replace(PLAIN, qk_norm=True, tied_embeddings=False),
+    "multi_query": dataclasses.replace(PLAIN, num_kv_heads=1, remat=False),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    config = VARIANTS[request.param]
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    # Biases start at 0 and norms at 1, where leaving them out would not show.
+    return jax.tree.map(lambda x: x + np.float32(rng.normal(size=x.shape) / 10), params), config
+
+
+def random_tokens(shape, seed=0):
+    return jax.random.randint(jax.random.key(seed), shape, 0, PLAIN.vocab_size)
+
+
+def numpy_logits(params, config, tokens):
+    """One sequence, one token, one head at a time, keys and values of a head looked up plainly."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x * x) + config.norm_eps) * scale
+
+    def rotate(x, position):
+        half = config.head_dim // 2
+        out = np.empty_like(x)
+        for i in range(half):
+            angle = position * config.rope_theta ** (-i / half)
+            out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+            out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    xs = [p.embedding[t] for t in tokens]
+    for n in range(config.num_layers):
+        layer = jax.tree.map(lambda x, n=n: x[n], p.layers)
+        queries, keys, values = [], [], []
+        for t, x in enumerate(xs):
+            h = norm(x, layer.attention_norm)
+            q, k, v = (np.einsum("d,dhk->hk", h, w) for w in (layer.query, layer.key, layer.value))
+            if config.qkv_bias:
+                q, k, v = q + layer.query_bias, k + layer.key_bias, v + layer.value_bias
+            if config.qk_norm:
+                q = np.stack([norm(row, layer.query_norm) for row in q])
+                k = np.stack([norm(row, layer.key_norm) for row in k])
+            queries.append([rotate(row, t) for row in q])
+            keys.append([rotate(row, t) for row in k])
+            values.append(v)
+        for t in range(len(xs)):
+            x, heads = xs[t], []
+            for head in range(config.num_heads):
+                kv = head // config.queries_per_kv
+                scores = np.array([queries[t][head] @ keys[s][kv] for s in range(t + 1)])
+                weights = np.exp(scores / np.sqrt(config.head_dim))
+                weights /= weights.sum()
+                heads.append(sum(w * values[s][kv] for s, w in enumerate(weights)))
+            x = x + np.einsum("hk,hkd->d", np.stack(heads), layer.output)
+            h = norm(x, layer.mlp_norm)
+            gate = h @ layer.gate
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ layer.up)) @ layer.down
+            xs[t] = x
+    head = p.embedding.T if p.head is None else p.head
+    return np.stack([norm(x, p.final_norm) @ head for x in xs])
+
+
+@partial(jax.jit, static_argnums=1)
+def full_logits(params, config, tokens, *args):
+    return transformer.logits(params, config, transformer.forward(params, config, tokens, *args))
+
+
+def test_forward_equals_numpy_loop(model):
+    params, config = model
+    tokens = random_tokens((2, 6))
+    expected = np.stack([numpy_logits(params, config, row) for row in np.asarray(tokens)])
+    np.testing.assert_allclose(full_logits(params, config, tokens), expected, atol=2e-5)
+
+
+def test_unstacked_layout_gives_the_same_numbers(model):
+    params, config = model
+    tokens = random_tokens((2, 6))
+    np.testing.assert_allclose(
+        full_logits(transformer.unstack(params, config), config, tokens),
+        full_logits(params, config, tokens),
+        atol=1e-5,
+    )
+
+
+def test_left_and_right_padding_change_nothing(model):
+    params, config = model
+    tokens = random_tokens((1, 5))
+    alone = full_logits(params, config, tokens)
+    for left, right in ((3, 0), (0, 3), (2, 4)):
+        width = ((0, 0), (left, right))
+        padded = jnp.pad(tokens, width, constant_values=7)
+        segments = jnp.pad(jnp.ones_like(tokens), width)
+        got = full_logits(params, config, padded, None, segments)
+        np.testing.assert_allclose(got[:, left : left + 5], alone, atol=2e-5)
+        assert np.all(np.isfinite(got))
+
+
+def test_packed_segments_equal_separate_sequences(model):
+    params, config = model
+    first, second = random_tokens((1, 4), 1), random_tokens((1, 6), 2)
+    packed = jnp.concatenate([first, second], axis=1)
+    segments = jnp.asarray([[1] * 4 + [2] * 6])
+    got = full_logits(params, config, packed, None, segments)
+    np.testing.assert_allclose(got[:, :4], full_logits(params, config, first), atol=2e-5)
+    np.testing.assert_allclose(got[:, 4:], full_logits(params, config, second), atol=2e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_cached_decoding_equals_full_forward(model, stacked):
+    params, config = model
+    lengths, total = np.array([3, 5, 1]), 9
+    tokens = random_tokens((3, total))
+    expected = full_logits(params, config, tokens)
+    layout = params if stacked else jax.jit(transformer.unstack, static_argnums=1)(params, config)
+    decode_step = jax.jit(transformer.decode_step, static_argnums=1)
+    kv = cache.empty(config, lanes=3, width=1, prompt_length=5, columns=4, stacked=stacked)
+    prompts = jax.jit(transformer.prefill, static_argnums=1)(
+        layout, config, tokens[:, :5], jnp.asarray(lengths)
+    )
+    kv = cache.insert(kv, prompts, jnp.arange(3))
+    for i in range(4):
+        at = lengths + i
+        fed = tokens[jnp.arange(3), at][:, None]
+        own = jnp.broadcast_to(jnp.arange(4) <= i, (3, 1, 4))
+        scores, kv = decode_step(
+            layout, config, kv, fed, jnp.asarray(at)[:, None], own, jnp.int32(i)
+        )
+        np.testing.assert_allclose(scores[:, 0], expected[jnp.arange(3), at], atol=2e-5)
+
+
+def test_inserting_drops_lanes_out_of_range_and_keeps_the_others():
+    kv = cache.empty(PLAIN, lanes=3, width=1, prompt_length=2, columns=2, stacked=False)
+    params = transformer.unstack(transformer.init(PLAIN, jax.random.key(0)), PLAIN)
+    new = transformer.prefill(params, PLAIN, random_tokens((2, 2)), jnp.asarray([2, 1]))
+    kv = cache.insert(kv, new, jnp.asarray([3, 1]))
+    np.testing.assert_array_equal(kv.prompt.lengths, [0, 1, 0])
+    np.testing.assert_array_equal(kv.prompt.keys[0][1], new.keys[0][1])
+    assert not np.any(kv.prompt.keys[0][jnp.asarray([0, 2])])
+
+
+def test_bfloat16_accumulates_in_float32(model):
+    params, config = model
+    narrow = dataclasses.replace(config, dtype="bfloat16")
+    tokens = random_tokens((2, 6))
+    got, expected = full_logits(params, narrow, tokens), full_logits(params, config, tokens)
+    assert got.dtype == jnp.float32
+    assert np.max(np.abs(got - expected)) < 0.05 * np.std(expected) + 0.05
+    program = jax.make_jaxpr(lambda p: full_logits(p, narrow, tokens))(params)
+    dots = [line for line in str(program).splitlines() if "dot_general[" in line]
+    assert dots
+    assert str(program).count("dot_general[") == str(program).count(
+        "preferred_element_type=float32"
+    )
+
+
+def test_remat_changes_no_gradient(model):
+    params, config = model
+    tokens = random_tokens((2, 6))
+
+    def loss(p, remat):
+        return jnp.sum(jnp.sin(full_logits(p, dataclasses.replace(config, remat=remat), tokens)))
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    with_remat, without = grad(params, True), grad(params, False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), with_remat, without)
+
+
+def test_config_refuses_impossible_heads():
+    with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+        dataclasses.replace(PLAIN, num_kv_heads=3)
+    with pytest.raises(ValueError, match="head_dim=7"):
+        dataclasses.replace(PLAIN, head_dim=7)
+    with pytest.raises(ValueError, match="float16"):
+        dataclasses.replace(PLAIN, dtype="float16")

@@ -1,0 +1,82 @@
+"""Blocked scoring against the full log-softmax: values, gradients, masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark_jax import scoring
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
+)
+PARAMS = transformer.init(CONFIG, jax.random.key(0))
+TOKENS = jax.random.randint(jax.random.key(1), (3, 7), 0, 50)
+
+
+@jax.jit
+def full(params, tokens):
+    scores = transformer.logits(params, CONFIG, transformer.forward(params, CONFIG, tokens))
+    logprobs = jax.nn.log_softmax(scores[:, :-1])
+    chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 1000])
+def test_equals_full_log_softmax(chunk):
+    logprobs, entropy = scoring.token_logprobs_and_entropy(PARAMS, CONFIG, TOKENS, chunk=chunk)
+    expected_logprobs, expected_entropy = full(PARAMS, TOKENS)
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
+    np.testing.assert_array_equal(
+        logprobs, scoring.token_logprobs(PARAMS, CONFIG, TOKENS, chunk=chunk)
+    )
+
+
+def test_gradients_equal_those_of_full_log_softmax():
+    weights = jax.random.normal(jax.random.key(2), (2, 3, 6))
+
+    def loss(score, params):
+        return sum(jnp.sum(w * x) for w, x in zip(weights, score(params), strict=True))
+
+    def blocked(params):
+        return scoring.token_logprobs_and_entropy(params, CONFIG, TOKENS, chunk=4)
+
+    got = jax.jit(jax.grad(lambda p: loss(blocked, p)))(PARAMS)
+    expected = jax.jit(jax.grad(lambda p: loss(lambda q: full(q, TOKENS), p)))(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_responses_are_scored_as_if_alone():
+    """Left-padded prompts, right-padded responses, one of them empty; exact zeros off the mask."""
+    prompt_lengths, lengths = np.array([2, 4, 3]), np.array([3, 1, 0])
+    prompt_mask = jnp.arange(4) >= 4 - prompt_lengths[:, None]
+    mask = jnp.arange(3) < lengths[:, None]
+    got, entropy = scoring.response_logprobs_and_entropy(
+        PARAMS, CONFIG, TOKENS[:, :4], prompt_mask, TOKENS[:, 4:], mask, chunk=5
+    )
+    for row, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        alone = TOKENS[row : row + 1, 4 - p : 4 + n]
+        logprobs, entropies = full(PARAMS, alone)
+        np.testing.assert_allclose(got[row, :n], logprobs[0, p - 1 :], atol=1e-5)
+        np.testing.assert_allclose(entropy[row, :n], entropies[0, p - 1 :], atol=1e-5)
+    assert np.all(np.asarray(got)[~np.asarray(mask)] == 0)
+
+
+def test_no_scores_over_all_tokens_are_held():
+    """Neither forward nor backward has an array of tokens × vocabulary."""
+    config = ModelConfig(1031, 16, 1, 2, 1, 8, 32)
+    params = transformer.init(config, jax.random.key(0))
+    tokens = jnp.zeros((4, 65), jnp.int32)
+
+    def loss(p):
+        logprobs, entropy = scoring.token_logprobs_and_entropy(p, config, tokens, chunk=32)
+        return jnp.sum(logprobs + entropy)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    text = compiled.as_text()
+    assert "[32,1031]" in text
+    for shape in ("[256,1031]", "[4,64,1031]", "[8,32,1031]"):
+        assert shape not in text
