@@ -365,6 +365,30 @@ def test_byte_fallback_gives_every_byte_its_character(byte_fallback):
     assert offsets.tolist() == [[0, 1], *([[1, 2]] * 4), *([[2, 3]] * 2), [4, 5]]
 
 
+def test_windows_do_not_cut_characters_in_two(byte_level):
+    text = "a" + "😀é\n" * 60  # 4 + 2 + 1 bytes: every window length ends amid some character
+    lengths = []
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return byte_level.decode(list(ids))
+
+    got = steps._offsets_by_decoding(decode, byte_ids(byte_level, text), text)
+    assert got == [(c, c + 1) for c, char in enumerate(text) for _ in char.encode()]
+    assert max(lengths) <= 2 * (steps._WINDOW + 4)  # so the work grows with T, not with T²
+
+
+def test_a_decoder_that_rewrites_far_back_gets_whole_prefixes(byte_fallback):
+    """One bad byte makes this decoder give up a run of any length, and rewrite all of it."""
+    tokens = ["▁a", *(f"<0x{b:02X}>" for b in "😀".encode() * 12), "<0xFF>", "▁b"]
+    ids = byte_fallback.convert_tokens_to_ids(tokens)
+    text, offsets = steps.token_offsets(byte_fallback, ids)
+    assert text == "a" + "\ufffd" * 49 + " b"
+    assert_covers(text, offsets)
+    assert offsets[0].tolist() == [0, 1]
+    assert offsets[-1].tolist() == [51, 52]
+
+
 def assert_covers(text, offsets):
     """Spans lie in the text, in order, and leave out nothing but white space."""
     covered = np.zeros(len(text), bool)

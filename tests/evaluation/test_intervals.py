@@ -79,6 +79,12 @@ def test_permutation_test_by_hand():
     assert 0 < paired_permutation_test(np.ones(50), np.zeros(50), resamples=100) <= 1 / 101 + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_sums_count_as_equal_whatever_their_rounding(seed):
+    difference = np.random.default_rng(seed).choice([0.1, 0.2, 0.3, 0.7, 1 / 3], 8)
+    assert paired_permutation_test(difference, np.zeros(8)) == 2 / 2**8  # all + and all -
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="at least 2 values"):
         t_interval(np.ones(1))
