@@ -6,7 +6,7 @@ Everything that is said of it is a string of words from `VOCABULARY`, separated 
     problem       <q> 7 1: +5 2: *3 3: *7 <a>
     solution      <think> <step> 1: 7 +5 =2 </step> ... </think> <answer> \\boxed{ 8 } </answer>
     verification  1: 7 +5 =2 Correct 2: 2 *3 =5 Incorrect ... <verdict> No
-    critique      1: =2 Correct 2: =6 Correct ...
+    critique      1: 7 +5 =2 Correct 2: 2 *3 =6 Correct ...
 
 `noisy_*` write such texts with the errors that a pretraining corpus has; `judge` knows the truth
 of any text a model may produce. The noise levels were chosen so that voting over verifications
@@ -149,9 +149,9 @@ def problems(num: int, seed: int, split: Split) -> list[Problem]:
     Raises:
         ValueError: an unknown split, or more problems than the split holds in comfort.
     """
-    if split not in ("train", "eval"):
+    if split not in _MOST_PROBLEMS:
         raise ValueError(f"split={split!r} is unknown; choose 'train' or 'eval'")
-    most = 12_000 if split == "train" else 3_000
+    most = _MOST_PROBLEMS[split]
     if not 0 <= num <= most:
         raise ValueError(f"num={num} problems asked for; {split!r} gives 0 to {most} distinct ones")
     rng = random.Random(f"arithmetic_chains problems {split} {seed}")
@@ -330,11 +330,7 @@ def noisy_verification(
 
 def write_verification(lines: Sequence[VerifiedStep], overall: bool) -> str:
     """`1: 7 +5 =2 Correct ... <verdict> Yes`."""
-    said = (
-        f"{n}: {_step_text(line.step)} {CORRECT if line.verdict else INCORRECT}"
-        for n, line in enumerate(lines, 1)
-    )
-    return " ".join((*said, VERDICT, YES if overall else NO))
+    return f"{_lines_text(lines)} {VERDICT} {YES if overall else NO}".lstrip()
 
 
 def read_verification_line(words: Sequence[str], number: int) -> VerifiedStep | None:
@@ -348,49 +344,34 @@ def read_verification_line(words: Sequence[str], number: int) -> VerifiedStep | 
 def noisy_critique(
     problem: Problem, solution_text: str, verification_text: str, rng: random.Random
 ) -> str:
-    """A critic's own value and verdict for each step, `1: =2 Correct 2: =6 Incorrect ...`.
+    """A critic's own lines on each step, `1: 7 +5 =2 Correct 2: 2 *3 =6 Incorrect ...`.
 
     Where its verdict differs from the verification's, it disputes it. It catches every faulty
     verdict but those on `CRITIC_BLIND_TO` (so about 7 in 10), and disputes a sound one with p .05.
     It goes through every step: to name only the disputed ones would take a verdict in one word,
     which needs a larger model. `verification_text` must be a valid verification of the solution.
     """
-    lines = _lines(verification_text)
-    said = []
-    for number, (step, line) in enumerate(zip(judge(problem, solution_text).steps, lines), 1):
-        value, verdict = _criticise(step, line, rng)
-        said.append(f"{number}: ={value} {CORRECT if verdict else INCORRECT}")
-    return " ".join(said)
+    steps = judge(problem, solution_text).steps
+    lines = [_criticise(s, line, rng) for s, line in zip(steps, _lines(verification_text))]
+    return _lines_text(lines)
 
 
 def merged_verification(
-    problem: Problem,
-    solution_text: str,
-    verification_text: str,
-    critique_text: str,
-    rng: random.Random,
+    problem: Problem, solution_text: str, critique_text: str, rng: random.Random
 ) -> str:
-    """The verification with the critique's values and verdicts, as if written in one go.
+    """The verification with the critique's corrections, as if written in one go.
 
-    Operands stay, but a copying error that the critique caught is put right. The overall verdict
-    follows from the merged verdicts, or from a fault outside the steps, seen with p = .6; no flips.
+    The overall verdict follows from the merged verdicts, or from a fault outside the steps, seen
+    with p = .6; no flips.
     """
-    judged = judge(problem, solution_text)
-    words = critique_text.split()
-    merged = []
-    for step, line, value, verdict in zip(
-        judged.steps, _lines(verification_text), words[1::3], words[2::3]
-    ):
-        correct = verdict == CORRECT
-        source = line.step
-        if correct != line.verdict and step.stated is not None:
-            source = step.due if not (correct or step.copied) else step.stated
-        merged.append(VerifiedStep(source._replace(value=int(value[1:])), correct))
+    merged = _lines(critique_text)
     overall = all(line.verdict for line in merged)
-    overall = overall and (judged.sound_answer or rng.random() >= VERIFIER.sees_fault)
-    return write_verification(merged, overall)
+    sound = judge(problem, solution_text).sound_answer
+    return write_verification(merged, overall and (sound or rng.random() >= VERIFIER.sees_fault))
 
 
+# Half of the distinct chains of three operations, times three: lengths stay uniform.
+_MOST_PROBLEMS: dict[str, int] = {"train": 12_000, "eval": 3_000}
 _BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
@@ -429,14 +410,16 @@ def _verify_step(judged: JudgedStep, noise: VerifierNoise, rng: random.Random) -
     return VerifiedStep(stated._replace(value=value), value == stated.value)
 
 
-def _criticise(judged: JudgedStep, line: VerifiedStep, rng: random.Random) -> tuple[int, bool]:
+def _criticise(judged: JudgedStep, line: VerifiedStep, rng: random.Random) -> VerifiedStep:
     stated = judged.stated or judged.due
     if line.verdict == judged.correct and rng.random() < CRITIC_FALSE_ALARM:
-        return (_slip(stated.value, rng), False) if judged.correct else (stated.value, True)
+        said = stated._replace(value=_slip(stated.value, rng)) if judged.correct else stated
+        return VerifiedStep(said, not judged.correct)
     if stated.operator in CRITIC_BLIND_TO:
-        return line.step.value, line.verdict
-    left, operator, _ = stated if judged.copied else judged.due
-    return apply(left, operator), judged.correct
+        return line
+    source = stated if judged.copied else judged.due
+    true = apply(source.left, source.operator)
+    return VerifiedStep(source._replace(value=true), judged.correct)
 
 
 def _wrong_value(true: int, rng: random.Random) -> int:
@@ -465,13 +448,21 @@ def _read_step(words: Sequence[str], number: int) -> Step | None:
     return Step(int(words[1]), words[2], int(words[3][1:]))
 
 
-def _lines(verification_text: str) -> list[VerifiedStep]:
-    words = verification_text.split()
+def _lines_text(lines: Sequence[VerifiedStep]) -> str:
+    return " ".join(
+        f"{n}: {_step_text(line.step)} {CORRECT if line.verdict else INCORRECT}"
+        for n, line in enumerate(lines, 1)
+    )
+
+
+def _lines(text: str) -> list[VerifiedStep]:
+    """The lines of a verification or a critique; ValueError where one is none."""
+    words = text.partition(VERDICT)[0].split()
     lines = []
-    for number in range(1, (len(words) - 2) // 5 + 1):
+    for number in range(1, -(-len(words) // 5) + 1):
         line = read_verification_line(words[5 * number - 5 : 5 * number], number)
         if line is None:
-            raise ValueError(f"line {number} of the verification {verification_text!r} is not one")
+            raise ValueError(f"line {number} of {text!r} is no line of a verification")
         lines.append(line)
     return lines
 
