@@ -25,12 +25,12 @@ def get_config() -> ConfigDict:
     config.pretrain = False  # True makes the base afresh first, in run_dir/base
     config.quick = False  # True: one seed, fewer problems, fewer runs
     config.decode = ConfigDict(
-        dict(max_prompt_length=96, max_new_tokens=64, slots=placeholder(int))
+        dict(max_prompt_length=placeholder(int), max_new_tokens=52, slots=placeholder(int))
     )
 
     # Stage I: solutions, verifications, aggregation.
     config.generate = ConfigDict(
-        dict(num_problems=48, samples_per_problem=8, temperature=0.8, top_p=0.95, chunk_size=48)
+        dict(num_problems=128, samples_per_problem=8, temperature=1.0, top_p=1.0, chunk_size=64)
     )
     config.verify = ConfigDict(
         dict(
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
             kind="prm_cot",  # orm, prm, prm_cot
             method="step_consistency",
             balance=False,
-            steps=40,
+            steps=80,
             batch_size=64,
             accumulation_steps=1,
             max_length=128,
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
             ),
             reward_model="",  # folder of a reward model's checkpoint
             format_checks=("one_boxed", "one_answer_block", "nothing_after_answer"),
-            steps=15,
+            steps=20,
             num_problems=4096,
             prompts_per_step=32,
             group_size=8,
@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
                 kl_estimator="k3",
                 entropy_coefficient=0.0,
             ),
-            optimizer=dict(name="adam", learning_rate=1e-3, clip_norm=1.0),
+            optimizer=dict(name="adam", learning_rate=5e-4, clip_norm=1.0),
             evaluate_every=5,
             save_every=5,
         )
@@ -108,7 +108,8 @@ def get_config() -> ConfigDict:
             num_problems=256,
             samples_per_problem=4,
             temperature=1.0,
-            num_solutions=250,  # held-out solutions for reward models
+            num_solutions=250,  # held-out solutions that reward models are tried on,
+            generator="arithmetic_chains",  # and the model that writes them
         )
     )
 

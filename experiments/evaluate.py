@@ -37,16 +37,14 @@ HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples w
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
-    full = config
-    config = launch.sub_config(config, "evaluate", "prm")
+    config = launch.sub_config(config, "evaluate", "generate", "prm")
     folder = RunFolder.open(path, config)
     task = tasks.load(config.task)
     model = launch.text_model(*launch.load_model(config.model), name=config.model)
     if config.evaluate.what == "policy":
         summary = policy_scores(config, task, model)
     elif config.evaluate.what == "reward_model":
-        base = launch.sub_config(full, "evaluate", "generate", model=full.task)
-        held_out = held_out_solutions(base, task)
+        held_out = held_out_solutions(config, task)
         summary = reward_model_scores(config, task, model, config.prm.kind, *held_out)
     else:
         what = config.evaluate.what
@@ -90,9 +88,10 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
 
 
 def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem], list[Solution]]:
-    """Solutions of held-out problems by `config.model`, one a problem, with their ground truth."""
+    """Solutions of held-out problems by the generator, one a problem, with their ground truth."""
     problems = task.problems(config.evaluate.num_solutions, config.seed, "eval")
-    generator = launch.text_model(*launch.load_model(config.model), name=config.model)
+    name = config.evaluate.generator
+    generator = launch.text_model(*launch.load_model(name), name=name)
     samples = text_sampler(generator)(
         [task.text_format.solve_prompt(problem) for problem in problems],
         samples_per_prompt=1,

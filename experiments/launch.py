@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -40,6 +41,7 @@ NEEDS_VERDICTS = ("selective", "global_step")
 
 def main(run: Callable[[Config, Path], Any]) -> None:
     """Reads `--config`, checks it, and calls `run(config, Path(config.run_dir))`."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     flag = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
     try:
         arguments = check_arguments(sys.argv)
@@ -47,7 +49,7 @@ def main(run: Callable[[Config, Path], Any]) -> None:
         sys.exit(f"error: {error}")
 
     def start(_: Sequence[str]) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
         try:
             validate(flag.value)
         except ValueError as error:

@@ -132,7 +132,7 @@ def make_base(config: Config, path: Path) -> Config:
 
     if not (path / "config.json").exists():
         pretrain.run(path, seed=config.seed)
-    return launch.changed(config, {"model": str(path)})
+    return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
 
 
 Job = tuple[Callable[[Config, Path, OnProgress], Any], Config, Path]

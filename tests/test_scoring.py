@@ -65,7 +65,7 @@ def test_responses_are_scored_as_if_alone():
     assert np.all(np.asarray(got)[~np.asarray(mask)] == 0)
 
 
-def test_no_scores_over_all_tokens_are_held():
+def test_no_scores_over_all_tokens_are_held(optimised):
     """Neither forward nor backward has an array of tokens × vocabulary."""
     config = ModelConfig(1031, 16, 1, 2, 1, 8, 32)
     params = transformer.init(config, jax.random.key(0))

@@ -99,7 +99,7 @@ class Judged:
 
 
 def judge(
-    sample: Sample,
+    sample: Sample | None,
     format: TextFormat,
     problems: Sequence[Problem],
     responses: Sequence[str],
@@ -115,7 +115,8 @@ def judge(
 
     Args:
         sample: the reward model. Always called greedily, whatever `settings` say; of these only
-            `max_new_tokens` matters. Not called at all if no response keeps the format.
+            `max_new_tokens` matters. Not called at all if no response keeps the format. None asks
+            nobody: for rewards that judge nothing, whose format checks and metrics count as well.
         problems: the problem of each response. Shown without its reference answer.
         kind: what the reward model was trained to say.
         checks: the format checks that are enforced, names of `FORMAT_CHECKS`.
@@ -132,12 +133,12 @@ def judge(
         raise ValueError(f"judge: {len(problems)} problems for {len(responses)} responses")
     kept = np.array([format_ok(text, checks) for text in responses], bool)
     num_steps = np.array([len(format.split_steps(text)) for text in responses], np.int32)
-    called = [b for b, ok in enumerate(kept) if ok]
+    called = [b for b, ok in enumerate(kept) if ok and sample is not None]
     prompts = [
         format.reward_prompt(kind, _without_reference(problems[b]), valid_part(responses[b]))
         for b in called
     ]
-    texts = _sample_greedily(sample, prompts, settings, seed)
+    texts = _sample_greedily(sample, prompts, settings, seed) if sample else []
     judgements = [Judgement(kind, int(steps), False, (), NOT_CALLED) for steps in num_steps]
     for b, text in zip(called, texts):
         judgements[b] = _read(format, kind, text, int(num_steps[b]))

@@ -107,8 +107,9 @@ def test_layouts_agree(params, prompts):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
-def test_sampler_agrees_with_scorer(params, prompts, dtype, tolerance):
+def test_sampler_agrees_with_scorer(prompts, dtype, tolerance):
     config = dataclasses.replace(CONFIG, dtype=dtype)
+    params = transformer.init(config, jax.random.key(0))
     rollout = decoding.generate(
         decoding.layout(params, config),
         config,
