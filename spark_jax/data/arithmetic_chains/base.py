@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ def load(
 ) -> tuple[Params, ModelConfig, PreTrainedTokenizerFast]:
     """Parameters, configuration and tokenizer of a base, by default the one shipped.
 
+    The configuration has `remat` off: activations of a model this small need no recomputing.
+
     Raises:
         FileNotFoundError: no checkpoint in `path`; names the command that makes it.
         ValueError: a checkpoint whose vocabulary is not the world's.
@@ -30,7 +33,7 @@ def load(
 
     if not (Path(path) / checkpoints.WEIGHTS).is_file():
         command = MAKE.format(path=path)
-        raise FileNotFoundError(f"no base model in {path}; make it (two minutes): {command}")
+        raise FileNotFoundError(f"no base model in {path}; make it (some minutes): {command}")
     params, config = checkpoints.load(path)
     tokenizer = load_tokenizer()
     if config.vocab_size != len(tokenizer):
@@ -38,4 +41,4 @@ def load(
             f"{path} has a vocabulary of {config.vocab_size} words, the world has "
             f"{len(tokenizer)}; make it afresh: {MAKE.format(path=path)}"
         )
-    return params, config, tokenizer
+    return params, dataclasses.replace(config, remat=False), tokenizer

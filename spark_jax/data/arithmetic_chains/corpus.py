@@ -1,8 +1,8 @@
 """The pretraining corpus: what generator and verifier say, errors included, as batches of tokens.
 
 Batches are a function of (seed, step) alone, so a run that resumes reads what it would have read.
-A row is one problem, its solution and its verification. In one batch of four the verifier was shown
-the reference; in another one a critique of the verification and a merge of the two follow. So the
+A row is one problem, its solution and its verification. In three batches of eight a critique of the
+verification and a merge of the two follow, and in one the verifier was shown the reference: so the
 base can do all that stage I asks for.
 """
 
@@ -22,11 +22,11 @@ SOLUTION_LENGTH = 6 * MAX_STEPS + 2 + 2 * 5 + 1  # six steps, two answers, the e
 VERIFICATION_LENGTH = 5 * MAX_STEPS + 3
 CRITIQUE_LENGTH = 5 * MAX_STEPS + 1
 RowKind = Literal["plain", "guided", "criticised"]
-CYCLE: tuple[RowKind, ...] = ("plain", "plain", "guided", "criticised")
+CYCLE: tuple[RowKind, ...] = (*("plain", "criticised") * 3, "plain", "guided")
 _PLAIN = PROBLEM_LENGTH + SOLUTION_LENGTH + 1 + VERIFICATION_LENGTH
 ROW_LENGTHS: dict[RowKind, int] = {
     "plain": _PLAIN,  # 96
-    "guided": _PLAIN + 2,
+    "guided": _PLAIN + 3,
     "criticised": _PLAIN + 1 + CRITIQUE_LENGTH + 1 + VERIFICATION_LENGTH,  # 162
 }
 
@@ -76,7 +76,8 @@ def _row(kind: RowKind, rng: random.Random) -> list[Exchange]:
     solve = (chain_format.solve_prompt(problem), solution)
     if kind == "guided":
         verification = world.noisy_verification(problem, solution, rng, reference=problem.answer)
-        return [solve, (f"{world.REFERENCE} {problem.answer} {world.VERIFY}", verification)]
+        prompt = chain_format.verify_prompt(problem, solution, problem.answer)
+        return [solve, (prompt.rpartition(f" {EOS} ")[2], verification)]
     verification = world.noisy_verification(problem, solution, rng)
     verify = (world.VERIFY, verification)
     if kind == "plain":

@@ -3,7 +3,7 @@
 The prompts are beginnings of the rows of the pretraining corpus, so the pretrained base knows them:
 
     <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <verify> verification <eos>
-    <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <reference> 8 <verify> verification <eos>
+    <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <reference> 8 No <verify> verification <eos>
     ... <verify> verification <eos> <critique> critique <eos> <merge> verification <eos>
 
 A reward model's prompt ends with `<verdict>` (ORM: asks for one word), `<judge>` (PRM: one verdict
@@ -45,9 +45,13 @@ def solve_prompt(problem: Problem) -> str:
 
 
 def verify_prompt(problem: Problem, solution_text: str, reference: str | None = None) -> str:
-    """Problem, solution, and the reference only where one is handed in; ends with `<verify>`."""
-    shown = "" if reference is None else f"{REFERENCE} {reference.strip()} "
-    return f"{_solved(problem, solution_text)} {shown}{VERIFY}"
+    """Problem and solution; ends with `<verify>`. A reference, where one is handed in, is shown
+    with whether the solution's answer agrees: a model this small cannot compare the two itself."""
+    solved = _solved(problem, solution_text)
+    if reference is None:
+        return f"{solved} {VERIFY}"
+    agrees = YES if same_answer(final_answer(solution_text), reference) else NO
+    return f"{solved} {REFERENCE} {reference.strip()} {agrees} {VERIFY}"
 
 
 def critique_prompt(problem: Problem, solution_text: str, verification_text: str) -> str:

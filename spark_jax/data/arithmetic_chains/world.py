@@ -21,7 +21,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from spark_jax.data.records import Problem
 from spark_jax.steps import step_texts, tagged_steps
@@ -47,8 +47,6 @@ VOCABULARY: tuple[str, ...] = (
     *(f"={digit}" for digit in DIGITS),
     *(RESTATEMENT, *OPERATORS),
 )
-
-Split = Literal["train", "eval"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Judged:
     correct: bool
 
 
-def problems(num: int, seed: int, split: Split) -> list[Problem]:
+def problems(num: int, seed: int, split: str) -> list[Problem]:
     """`num` distinct problems of a split, their reference answers true; 3 to 5 operations, uniform.
 
     The split is a hash of the problem (a fifth is "eval"), so the two never overlap whatever the
@@ -149,9 +147,7 @@ def problems(num: int, seed: int, split: Split) -> list[Problem]:
     Raises:
         ValueError: an unknown split, or more problems than the split holds in comfort.
     """
-    if split not in _MOST_PROBLEMS:
-        raise ValueError(f"split={split!r} is unknown; choose 'train' or 'eval'")
-    most = _MOST_PROBLEMS[split]
+    most = _MOST_PROBLEMS[_known(split)]
     if not 0 <= num <= most:
         raise ValueError(f"num={num} problems asked for; {split!r} gives 0 to {most} distinct ones")
     rng = random.Random(f"arithmetic_chains problems {split} {seed}")
@@ -165,8 +161,9 @@ def problems(num: int, seed: int, split: Split) -> list[Problem]:
     return list(chosen.values())
 
 
-def draw_chain(rng: random.Random, split: Split, operations: int | None = None) -> Chain:
-    """A random chain of the split; 3 to 5 operations, uniform, where not said."""
+def draw_chain(rng: random.Random, split: str, operations: int | None = None) -> Chain:
+    """A random chain of a split ("train", "eval"); 3 to 5 operations, uniform, where not said."""
+    _known(split)
     operations = operations or rng.randint(3, 5)
     while True:
         chain = Chain(rng.randrange(10), tuple(rng.choices(OPERATORS, k=operations)))
@@ -174,7 +171,7 @@ def draw_chain(rng: random.Random, split: Split, operations: int | None = None) 
             return chain
 
 
-def split_of(chain: Chain) -> Split:
+def split_of(chain: Chain) -> str:
     """Where a chain belongs, by a hash of its text: known without any list of problems."""
     digest = hashlib.blake2b(write_question(chain).encode(), digest_size=4).digest()
     return "eval" if int.from_bytes(digest, "big") % 5 == 0 else "train"
@@ -373,6 +370,12 @@ def merged_verification(
 # Half of the distinct chains of three operations, times three: lengths stay uniform.
 _MOST_PROBLEMS: dict[str, int] = {"train": 12_000, "eval": 3_000}
 _BOX = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+def _known(split: str) -> str:
+    if split not in _MOST_PROBLEMS:
+        raise ValueError(f"split={split!r} is unknown; choose one of {list(_MOST_PROBLEMS)}")
+    return split
 
 
 def _noisy_step(value: int, operator: str, noise: GeneratorNoise, rng: random.Random) -> Step:

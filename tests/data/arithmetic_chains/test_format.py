@@ -38,7 +38,9 @@ def test_prompts_are_these_words():
     solved = f"{question} {SOLUTION} <eos>"
     assert FORMAT.verify_prompt(PROBLEM, SOLUTION, None) == f"{solved} <verify>"
     guided = FORMAT.verify_prompt(PROBLEM, SOLUTION, "2")
-    assert guided == f"{solved} <reference> 2 <verify>"
+    assert guided == f"{solved} <reference> 2 Yes <verify>"
+    unfinished = FORMAT.verify_prompt(PROBLEM, "<think>", "2")
+    assert unfinished == f"{question} <think> <eos> <reference> 2 No <verify>"
     criticised = f"{solved} <verify> {VERIFICATION} <eos> <critique>"
     assert FORMAT.critique_prompt(PROBLEM, SOLUTION, VERIFICATION) == criticised
     merge = FORMAT.merge_prompt(PROBLEM, SOLUTION, VERIFICATION, CRITIQUE)

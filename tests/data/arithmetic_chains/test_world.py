@@ -114,9 +114,17 @@ def test_splits_never_overlap_whatever_the_seeds():
     expect_rate(sum(world.split_of(chain) == "eval" for chain in chains), 5000, 0.2)
 
 
-@pytest.mark.parametrize(("num", "split"), [(4000, "eval"), (20_000, "train"), (-1, "train")])
-def test_problems_refuses_what_it_cannot_give(num, split):
-    with pytest.raises(ValueError, match=f"num={num}"):
+@pytest.mark.parametrize(
+    ("num", "split", "named"),
+    [
+        (4000, "eval", "num=4000"),
+        (20_000, "train", "num=20000"),
+        (-1, "train", "num=-1"),
+        (1, "test", "split='test'"),
+    ],
+)
+def test_problems_refuses_what_it_cannot_give(num, split, named):
+    with pytest.raises(ValueError, match=named):
         world.problems(num, 0, split)
 
 
