@@ -39,6 +39,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
     config = launch.sub_config(config, "evaluate", "generate", "prm")
     folder = RunFolder.open(path, config)
+    if (finished := folder.read_summary()) is not None:
+        return finished
     task = tasks.load(config.task)
     model = launch.text_model(*launch.load_model(config.model), name=config.model)
     if config.evaluate.what == "policy":
@@ -132,7 +134,8 @@ def reward_model_scores(
         seed=0,
         checks=(),
     )
-    right = [j.overall == s.correct for j, s in zip(judged.judgements, solutions, strict=True)]
+    pairs = zip(judged.judgements, solutions, strict=True)
+    right = np.array([judgement.overall == s.correct for judgement, s in pairs])
     scores: dict[str, Any] = {
         "overall_accuracy": dataclasses.asdict(intervals.bootstrap_interval(right)),
         "unparseable": judged.metrics["reward_model/unparseable"],

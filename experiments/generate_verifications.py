@@ -28,6 +28,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     """Stage I in the folder `path`; returns its summary. Progress is in problems, both passes."""
     config = launch.sub_config(config, "generate", "verify")
     folder = RunFolder.open(path, config)
+    if (finished := folder.read_summary()) is not None:
+        return finished
     task = tasks.load(config.task)
     model = launch.text_model(*launch.load_model(config.model), name=config.model)
     sample = text_sampler(model, DecodeOptions(slots=config.decode.slots))

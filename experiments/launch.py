@@ -11,6 +11,7 @@ import difflib
 import importlib.resources
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,18 @@ def validate_rl(config: Config) -> None:
 def load_model(name: str, *, dtype: str = "float32") -> tuple[transformer.Params, ModelConfig, Any]:
     """Parameters (stacked), configuration and tokenizer of a checkpoint directory, or of the base
     that ships with a task, by the task's name."""
-    if name == "arithmetic_chains":
-        from spark_jax.data.arithmetic_chains import base
+    with _LOADING:
+        if name == "arithmetic_chains":
+            from spark_jax.data.arithmetic_chains import base
 
-        return base.load()
-    from transformers import AutoTokenizer
+            return base.load()
+        from transformers import AutoTokenizer
 
-    params, config = checkpoints.load(name, dtype=dtype)
-    return params, config, AutoTokenizer.from_pretrained(name)
+        params, config = checkpoints.load(name, dtype=dtype)
+        return params, config, AutoTokenizer.from_pretrained(name)
+
+
+_LOADING = threading.Lock()  # importing parts of transformers is not safe in two threads at once
 
 
 def text_model(
@@ -182,9 +187,9 @@ def sub_config(config: Config, *sections: str, **changes: Any) -> Config:
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy with other values in some fields, named with dots. KeyError for an unknown field."""
-    copy = ml_collections.ConfigDict(config.to_dict())
+    copy = ml_collections.ConfigDict(config.to_dict()).lock()
     copy.update_from_flattened_dict(dict(changes))
-    return copy.lock()
+    return copy
 
 
 def given(options: Config) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from jaxtyping import Array
 
 from spark_jax import decoding
 from spark_jax.data.arithmetic_chains import corpus, world
@@ -97,10 +96,8 @@ def pretrain(
         }
     )
     key = jax.random.key(seed)
-    train = state.create(init(config, key), adamw, key)
-    chunk = settings.batch_size * max(
-        corpus.ROW_LENGTHS.values()
-    )  # the vocabulary is small: one block
+    train = state.create(transformer.init(config, key), adamw, key)
+    chunk = settings.batch_size * max(corpus.ROW_LENGTHS.values())  # a small vocabulary: one block
     step = functools.partial(sft.sft_step, model_config=config, optimizer=adamw, chunk=chunk)
     update = jax.jit(step, donate_argnums=0)
     for i in range(settings.steps):
@@ -147,16 +144,6 @@ def measure(
         "wrong_steps_detected": _mean(not verdict for label, verdict in judged if not label),
         "right_steps_doubted": _mean(not verdict for label, verdict in judged if label),
     }
-
-
-def init(config: ModelConfig, key: Array) -> transformer.Params:
-    """The library's initial parameters, but for the embedding, whose standard deviation is
-    1/sqrt(width) rather than 0.02: with words this few and updates this few, the small one costs
-    more than half of the run."""
-    params = transformer.init(config, key)
-    shape = (config.vocab_size, config.width)
-    embedding = jax.random.normal(jax.random.fold_in(key, 1), shape) / np.sqrt(config.width)
-    return dataclasses.replace(params, embedding=embedding)
 
 
 def model_config(settings: PretrainSettings) -> ModelConfig:

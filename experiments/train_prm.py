@@ -38,6 +38,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
     config = launch.sub_config(config, "generate", "prm", "evaluate")
     folder = RunFolder.open(path, config)
+    if (finished := folder.read_summary()) is not None:
+        return finished
     task = tasks.load(config.task)
     params, model_config, tokenizer = launch.load_model(config.model)
 

@@ -76,6 +76,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     launch.validate_rl(config)
     config = launch.sub_config(config, "rl", "prm", "evaluate")
     folder = RunFolder.open(path, config)
+    if (finished := folder.read_summary()) is not None:
+        return finished
     task = tasks.load(config.task)
     problems = task.problems(config.rl.num_problems, config.seed, "train")
     order = grain.MapDataset.range(len(problems)).shuffle(seed=config.seed).repeat()
@@ -92,7 +94,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         if restored is not None:
             train, extra = restored
         first = 1 + (extra["rollouts"] if restored is not None else 0)
-        metrics.truncate_after(first - 1)
+        metrics.truncate_after(first - 1 if restored is not None else -1)
         policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
         if first == 1:
             metrics.scalars(0, _evaluation(config, task, policy))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Problem, Solution
+
+Split = Literal["train", "eval"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Task:
     """
 
     name: str
-    problems: Callable[[int, int, str], list[Problem]]
+    problems: Callable[[int, int, Split], list[Problem]]
     text_format: TextFormat
     labels: Callable[[Problem, str], tuple[tuple[bool, ...], bool]]
 

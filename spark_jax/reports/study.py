@@ -67,7 +67,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean with its 95 % t-interval; `low` and `high` are None for a single seed."""
     if len(values) < 2:
         return {"estimate": values[0], "low": None, "high": None, "per_seed": list(values)}
-    return {**dataclasses.asdict(t_interval(values)), "per_seed": list(values)}
+    return {**dataclasses.asdict(t_interval(np.asarray(values))), "per_seed": list(values)}
 
 
 def _stage1(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

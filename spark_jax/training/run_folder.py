@@ -63,6 +63,11 @@ class RunFolder:
     def plots(self) -> Path:
         return self.path / "plots"
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """What a finished run left, or None for a run that has not finished."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, whole or not at all.
 

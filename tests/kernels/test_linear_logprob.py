@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+
 from spark_jax.kernels.linear_logprob import linear_logprob, linear_logprob_and_entropy
 
 

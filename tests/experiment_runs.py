@@ -1,0 +1,44 @@
+"""For tests of whole runs: killing them, corrupting their references, comparing what they left."""
+
+import dataclasses
+import json
+
+from spark_jax.data.arithmetic_chains import world
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(count):
+    """An `on_progress` that kills the run when it is called for the `count`-th time."""
+    calls = []
+
+    def on_progress(done, total):
+        calls.append(done)
+        if len(calls) == count:
+            raise Stop
+
+    return on_progress
+
+
+def weights(path):
+    return (path / "model" / "model.safetensors").read_bytes()
+
+
+def metric_rows(path):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("wall_time", "cpu_time")} for row in rows]
+
+
+def corrupt_references(monkeypatch):
+    """Makes the reference of every problem wrong; the questions stay."""
+    true = world.problems
+
+    def corrupted(*args):
+        return [
+            dataclasses.replace(problem, answer=str((int(problem.answer) + 5) % 10))
+            for problem in true(*args)
+        ]
+
+    monkeypatch.setattr(world, "problems", corrupted)

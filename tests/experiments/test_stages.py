@@ -1,0 +1,96 @@
+"""Stages I and II as run from a configuration: every method, every kind, resumed exactly."""
+
+import json
+
+import pytest
+from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
+
+from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
+from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
+from spark_jax.verification.aggregate import AGGREGATIONS
+
+
+def test_stage1_reports_every_method(tiny, stage1):
+    summary = json.loads((stage1 / "summary.json").read_text())
+    assert set(summary["methods"]) == set(AGGREGATIONS)
+    assert set(summary["by_sample_count"]) == {"1", "3"}
+    for report in summary["methods"].values():
+        assert 0 <= report["step_accuracy"] <= 1
+    assert len(read_jsonl(stage1 / "solutions.jsonl", Solution)) == 8
+    records = read_jsonl(stage1 / "verified.jsonl", VerifiedSolution)
+    assert [len(record.aggregated) for record in records] == [7] * 8
+    assert any(item.merge == "merged" for record in records for item in record.aggregated)
+
+
+@pytest.mark.parametrize("calls", [2, 4])
+def test_stage1_resumes_to_the_same_files(tiny, stage1, tmp_path, calls):
+    with pytest.raises(Stop):
+        generate_verifications.run(tiny, tmp_path, stop_at(calls))
+    generate_verifications.run(tiny, tmp_path)
+    for name in ("solutions.jsonl", "verified.jsonl", "summary.json"):
+        assert (tmp_path / name).read_bytes() == (stage1 / name).read_bytes()
+
+
+def test_reference_free_verifications_do_not_see_references(tiny, tmp_path, monkeypatch):
+    """Every reference is made wrong; only the reference-guided verifications may change."""
+    config = launch.changed(tiny, {"verify.methods": ("step_consistency", "reference_guided")})
+    honest = generate_verifications.run(config, tmp_path / "honest")
+    corrupt_references(monkeypatch)
+    corrupted = generate_verifications.run(config, tmp_path / "corrupted")
+    read = [
+        read_jsonl(tmp_path / name / "verified.jsonl", VerifiedSolution)
+        for name in ("honest", "corrupted")
+    ]
+    for before, after in zip(*read, strict=True):
+        assert before.samples == after.samples
+        assert before.aggregated[0] == after.aggregated[0]
+    assert any(a.reference_samples != b.reference_samples for a, b in zip(*read, strict=True))
+    assert honest["num_solutions"] == corrupted["num_solutions"]
+
+
+@pytest.mark.parametrize("kind", ["orm", "prm", "prm_cot"])
+def test_every_kind_of_reward_model_trains(tiny, reward_models, kind):
+    params, config, tokenizer = launch.load_model(reward_models[kind])
+    assert config.vocab_size == len(tokenizer)
+    base, _, _ = launch.load_model(tiny.model)
+    assert float(abs(params.embedding - base.embedding).max()) > 1e-4
+
+
+@pytest.mark.parametrize("method", AGGREGATIONS)
+def test_every_method_gives_targets(tiny, stage1, method):
+    from spark_jax.data import tasks
+
+    changes = {"prm.data": str(stage1), "prm.method": method, "prm.balance": True}
+    pairs, counts = train_prm.examples(
+        launch.changed(tiny, changes), tasks.load("arithmetic_chains")
+    )
+    assert len(pairs) == counts["balance"]["kept"]
+
+
+def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_prm, "SAVE_EVERY", 2)
+    config = launch.changed(tiny, {"prm.data": str(stage1), "prm.steps": 5})
+    train_prm.run(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_prm.run(config, tmp_path / "broken", stop_at(4))  # after a save at 2, before one at 4
+    train_prm.run(config, tmp_path / "broken")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "whole")
+
+
+def test_missing_stage1_is_named(tiny, tmp_path):
+    config = launch.changed(tiny, {"prm.data": str(tmp_path / "nowhere")})
+    with pytest.raises(FileNotFoundError, match=r"prm.data=.*nowhere.*generate_verifications"):
+        train_prm.run(config, tmp_path / "prm")
+
+
+def test_evaluate_both_ways(tiny, reward_models, tmp_path):
+    policy = evaluate.run(tiny, tmp_path / "policy")
+    assert policy["accuracy"]["low"] <= policy["accuracy"]["estimate"] <= policy["accuracy"]["high"]
+    assert len(policy["correct_per_problem"]) == 4
+    changes = {"model": reward_models["prm_cot"], "evaluate.what": "reward_model"}
+    scores = evaluate.run(launch.changed(tiny, changes), tmp_path / "reward_model")
+    assert scores["num_solutions"] == 4
+    assert "f1" in scores
+    with pytest.raises(ValueError, match=r"evaluate.what='x'.*policy.*reward_model"):
+        evaluate.run(launch.changed(tiny, {"evaluate.what": "x"}), tmp_path / "x")

@@ -1,0 +1,150 @@
+"""RL runs: every reward and advantage, references out of reach, resumed bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
+
+from spark_jax.advantages import ADVANTAGES
+from spark_jax.data import tasks
+from spark_jax.experiments import launch, train_rl
+from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
+from spark_jax.text_generation import SampledText
+from spark_jax.training.metrics import read_metrics
+from spark_jax.training.policy import PolicyBatch
+
+
+def run(tiny, path, changes):
+    return train_rl.run(launch.changed(tiny, changes), path)
+
+
+def learned(path, tiny):
+    """Whether the policy differs from the one the run began with."""
+    policy, _, _ = launch.load_model(str(path / "model"))
+    base, _, _ = launch.load_model(tiny.model)
+    return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), policy, base)))
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_every_reward_runs(tiny, reward_models, tmp_path, reward):
+    kind = REWARDS_THAT_JUDGE.get(reward, ("prm_cot",))[-1]
+    changes = {"rl.reward": reward, "prm.kind": kind, "rl.reward_model": reward_models[kind]}
+    summary = run(tiny, tmp_path, changes)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["policy/logprob_gap_max"] < 1e-4 for row in rows[1:])
+    assert 0 <= summary["evaluation"]["accuracy"]["estimate"] <= 1
+    asked = [row["reward_model/called"] for row in rows[1:]]
+    assert (max(asked) > 0) == (reward in REWARDS_THAT_JUDGE)
+    samples = (tmp_path / "samples" / "step_000002.jsonl").read_text().splitlines()
+    assert len(samples) == 8
+    assert set(json.loads(samples[0])) == {"problem", "response", "reward"}
+
+
+OPTIONS = {
+    "selective": {"discount": 0.5},
+    "global_step": {"process_weight": 0.5},
+    "spro": {"beta": 0.2, "granularity": "step", "outcome_weight": 0.5},
+    "masked_step": {"baseline": "pool"},
+    "reinforce++": {"group_baseline": True},
+}
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_every_advantage_runs_and_teaches(tiny, reward_models, tmp_path, advantage):
+    options = OPTIONS.get(advantage, {})
+    changes = {
+        "rl.reward": "step_average",
+        "rl.advantage": advantage,
+        "rl.reward_model": reward_models["prm_cot"],
+        **{f"rl.advantage_options.{name}": value for name, value in options.items()},
+    }
+    run(tiny, tmp_path, changes)
+    assert learned(tmp_path, tiny)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation": "sequence_sum_const"},
+        {"importance": "sequence", "aggregation": "sequence_mean"},
+        {"kl_coefficient": 0.01, "entropy_coefficient": 0.001, "kl_estimator": "k2"},
+        {"clip_high": 0.28},
+    ],
+    ids=str,
+)
+def test_objectives_run(tiny, tmp_path, changes):
+    fields = {f"rl.objective.{name}": value for name, value in changes.items()}
+    more = {"rl.reward": "random", "rl.minibatches": 2, "rl.epochs": 2, "rl.accumulation_steps": 2}
+    run(tiny, tmp_path, fields | more)
+    assert learned(tmp_path, tiny)
+
+
+def test_references_are_out_of_reach(tiny, reward_models, tmp_path, monkeypatch):
+    """Corrupt every reference: the reference-free run is the same bit for bit, RLVR is not."""
+    free = {"rl.reward_model": reward_models["prm_cot"]}
+    checked = {"rl.reward": "rule_based"}
+    run(tiny, tmp_path / "free", free)
+    run(tiny, tmp_path / "checked", checked)
+    corrupt_references(monkeypatch)
+    run(tiny, tmp_path / "free_corrupted", free)
+    run(tiny, tmp_path / "checked_corrupted", checked)
+    assert weights(tmp_path / "free_corrupted") == weights(tmp_path / "free")
+    assert weights(tmp_path / "checked_corrupted") != weights(tmp_path / "checked")
+    truth = [
+        read_metrics(tmp_path / name / "metrics.jsonl")[1]["truth/accuracy"]
+        for name in ("free", "free_corrupted")
+    ]
+    assert truth[0] != truth[1]  # the corruption did reach what looks at references
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls):
+    """Killed before the first checkpoint, and between two; started again in the same folder."""
+    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4}
+    config = launch.changed(tiny, changes | {"rl.save_every": 2, "rl.evaluate_every": 2})
+    train_rl.run(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_rl.run(config, tmp_path / "broken", stop_at(calls))
+    train_rl.run(config, tmp_path / "broken")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "whole")
+
+
+def test_same_seed_same_run_and_another_seed_another(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tiny, tmp_path / name, {"rl.reward": "rule_based", "seed": seed})
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_groups_outside_the_filter_are_not_trained_on(tiny, tmp_path):
+    changes = {"rl.reward": "rule_based", "rl.filter_low": 0.2, "rl.filter_high": 0.8}
+    run(tiny, tmp_path, {**changes, "rl.prompts_per_step": 8})
+    rows = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert any(row["response/trained_on"] < 1 for row in rows)
+    assert all(row["response/trained_on"] <= 1 - row["reward/zero_variance_groups"] for row in rows)
+
+
+def test_a_missing_reward_model_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"needs rl.reward_model.*train_prm"):
+        run(tiny, tmp_path, {})
+
+
+def test_step_ids_of_tokens():
+    """Every token of a step block, tags included, has the step's number; the rest −1."""
+    _, _, tokenizer = launch.load_model("arithmetic_chains")
+    text = r"<think> <step> 1: 7 +5 =2 </step> <step> 2: 2 +1 =3 </step> </think>"
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)
+    got = train_rl.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 18)
+    np.testing.assert_array_equal(got[0], [-1] + [0] * 6 + [1] * 6 + [-1] * 5)
+
+
+def test_minibatches_are_whole_groups_and_cover_the_batch(tiny):
+    rows = np.arange(16)
+    batch = PolicyBatch(rows, rows, rows, rows, rows, rows)
+    config = launch.changed(tiny, {"rl.minibatches": 2, "rl.epochs": 2})
+    parts = [part.tokens.tolist() for part in train_rl.minibatches(config, batch)]
+    assert parts == [list(range(8)), list(range(8, 16))] * 2
