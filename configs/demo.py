@@ -6,12 +6,27 @@
 Single fields from the command line, for instance the half-discounted selective advantage:
 
     python -m spark_jax.experiments.train_rl --config=configs/demo.py \
-        --config.rl.advantage=selective --config.rl.advantage_options.discount=0.5 \
+        --config.run_dir=runs/selective --config.rl.advantage=selective \
+        --config.rl.advantage_options.discount=0.5 \
         --config.rl.reward_model=runs/demo/seed0/prm_step_consistency/model
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+
+def optimizer(**fields: object) -> ConfigDict:
+    """The fields of an optimiser; None leaves optax's default."""
+    none = dict(
+        warmup_steps=placeholder(int),
+        schedule=placeholder(str),  # constant, cosine, linear
+        end_fraction=placeholder(float),
+        weight_decay=placeholder(float),
+        b1=placeholder(float),
+        b2=placeholder(float),
+        eps=placeholder(float),
+    )
+    return ConfigDict(none | dict(clip_norm=1.0) | fields)
 
 
 def get_config() -> ConfigDict:
@@ -23,7 +38,7 @@ def get_config() -> ConfigDict:
     # generator, verifier, start of the reward models and start of the policy.
     config.model = "arithmetic_chains"
     config.pretrain = False  # True makes the base afresh first, in run_dir/base
-    config.quick = False  # True: one seed, fewer problems, fewer runs
+    config.quick = False  # True: one seed, fewer problems, fewer steps, in run_dir-quick
     config.decode = ConfigDict(
         dict(max_prompt_length=placeholder(int), max_new_tokens=52, slots=placeholder(int))
     )
@@ -54,7 +69,7 @@ def get_config() -> ConfigDict:
             batch_size=64,
             accumulation_steps=1,
             max_length=128,
-            optimizer=dict(name="adamw", learning_rate=1e-3, warmup_steps=4, clip_norm=1.0),
+            optimizer=optimizer(name="adamw", learning_rate=1e-3, warmup_steps=4),
         )
     )
 
@@ -75,6 +90,7 @@ def get_config() -> ConfigDict:
                 process_weight=placeholder(float),
             ),
             reward_model="",  # folder of a reward model's checkpoint
+            reference_model="",  # π_ref of process rewards and KL; "" is the initial policy
             format_checks=("one_boxed", "one_answer_block", "nothing_after_answer"),
             steps=20,
             num_problems=4096,
@@ -97,7 +113,7 @@ def get_config() -> ConfigDict:
                 kl_estimator="k3",
                 entropy_coefficient=0.0,
             ),
-            optimizer=dict(name="adam", learning_rate=5e-4, clip_norm=1.0),
+            optimizer=optimizer(name="adam", learning_rate=5e-4),
             evaluate_every=5,
             save_every=5,
         )
@@ -108,6 +124,7 @@ def get_config() -> ConfigDict:
             num_problems=256,
             samples_per_problem=4,
             temperature=1.0,
+            votes=1,  # judgements a solution, for reward models: above 1 a majority at temperature
             num_solutions=250,  # held-out solutions that reward models are tried on,
             generator="arithmetic_chains",  # and the model that writes them
         )
@@ -120,10 +137,10 @@ def get_config() -> ConfigDict:
             workers=2,
             arms=ConfigDict(
                 {
-                    "PRM reward, GRPO": dict(reward="process_aware_outcome", advantage="grpo"),
-                    "PRM reward, SPRO": dict(reward="process_aware_outcome", advantage="spro"),
-                    "rule-based (RLVR)": dict(reward="rule_based", advantage="grpo"),
-                    "majority vote (TTRL)": dict(reward="majority_vote", advantage="grpo"),
+                    "prm_grpo": dict(reward="process_aware_outcome", advantage="grpo"),
+                    "prm_spro": dict(reward="process_aware_outcome", advantage="spro"),
+                    "rule_based": dict(reward="rule_based", advantage="grpo"),
+                    "majority_vote": dict(reward="majority_vote", advantage="grpo"),
                     "random": dict(reward="random", advantage="grpo"),
                 }
             ),

@@ -1,7 +1,7 @@
 """How good a policy or a reward model is, on held-out problems of the task.
 
     python -m spark_jax.experiments.evaluate --config=configs/demo.py \
-        --config.run_dir=runs/evaluate --config.model=runs/demo/seed0/rl_0/model
+        --config.run_dir=runs/evaluate --config.model=runs/demo/seed0/rl_prm_grpo/model
     python -m spark_jax.experiments.evaluate --config=configs/demo.py \
         --config.run_dir=runs/evaluate_prm --config.model=runs/demo/seed0/prm_single/model \
         --config.evaluate.what=reward_model
@@ -37,20 +37,18 @@ HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples w
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
+    launch.check_evaluate(config)
     config = launch.sub_config(config, "evaluate", "generate", "prm")
+    task = tasks.load(config.task)
+    model = launch.text_model(*launch.load_model(config.model), name=config.model)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    task = tasks.load(config.task)
-    model = launch.text_model(*launch.load_model(config.model), name=config.model)
     if config.evaluate.what == "policy":
         summary = policy_scores(config, task, model)
-    elif config.evaluate.what == "reward_model":
+    else:
         held_out = held_out_solutions(config, task)
         summary = reward_model_scores(config, task, model, config.prm.kind, *held_out)
-    else:
-        what = config.evaluate.what
-        raise ValueError(f"evaluate.what={what!r}; choose 'policy' or 'reward_model'")
     folder.write_summary(summary)
     return summary
 
@@ -59,7 +57,7 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
     """Accuracy on held-out problems: avg@k with its interval, pass@k, maj@k; length and format."""
     problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
     k = config.evaluate.samples_per_problem
-    samples = text_sampler(model)(
+    samples = text_sampler(model, launch.decode_options(config))(
         [task.text_format.solve_prompt(problem) for problem in problems],
         samples_per_prompt=k,
         settings=SamplingSettings(
@@ -73,7 +71,7 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
             for problem, group in zip(problems, samples, strict=True)
         ]
     )
-    answers = [[task.text_format.final_answer(s.text) for s in group] for group in samples]
+    answers = [[answer(task, sample.text) for sample in group] for group in samples]
     references = [problem.answer for problem in problems if problem.answer is not None]
     flat = [sample for group in samples for sample in group]
     return {
@@ -94,7 +92,7 @@ def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem],
     problems = task.problems(config.evaluate.num_solutions, config.seed, "eval")
     name = config.evaluate.generator
     generator = launch.text_model(*launch.load_model(name), name=name)
-    samples = text_sampler(generator)(
+    samples = text_sampler(generator, launch.decode_options(config))(
         [task.text_format.solve_prompt(problem) for problem in problems],
         samples_per_prompt=1,
         settings=SamplingSettings(
@@ -153,21 +151,30 @@ def reward_model_scores(
 
 def is_right(task: tasks.Task, problem: Problem, text: str) -> bool:
     """A right answer in a response that keeps the format: what RL is meant to bring about."""
-    answer = task.text_format.final_answer(response_format.valid_part(text))
-    right = task.text_format.same_answer(answer, problem.answer)
-    return right and response_format.format_ok(text)
+    return task.text_format.same_answer(answer(task, text), problem.answer)
+
+
+def answer(task: tasks.Task, text: str) -> str | None:
+    """The answer in the valid part; None where the response breaks the format."""
+    if not response_format.format_ok(text):
+        return None
+    return task.text_format.final_answer(response_format.valid_part(text))
 
 
 def as_solution(task: tasks.Task, problem: Problem, sample: SampledText) -> Solution:
+    """The valid part of a response: all that a reward model sees, and so all that is labelled."""
+    text = response_format.valid_part(sample.text)
     return Solution(
         problem_id=problem.id,
         index=0,
-        text=sample.text,
-        steps=step_texts(sample.text, task.text_format.split_steps(sample.text)),
-        answer=task.text_format.final_answer(sample.text),
+        text=text,
+        steps=step_texts(text, task.text_format.split_steps(text)),
+        answer=task.text_format.final_answer(text),
         finished=sample.finished,
     )
 
 
 if __name__ == "__main__":
-    launch.main(lambda config, path: print(json.dumps(run(config, path), indent=2)))
+    launch.main(
+        lambda config, path: print(json.dumps(run(config, path), indent=2)), launch.check_evaluate
+    )

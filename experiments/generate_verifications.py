@@ -9,6 +9,7 @@ verifications of each method are (`summary.json`). Started again, it goes on whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
-from spark_jax.text_generation import DecodeOptions, text_sampler
+from spark_jax.text_generation import text_sampler
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import AGGREGATIONS
 from spark_jax.verification.pipeline import aggregate_first, generate_solutions, verify_solutions
@@ -26,13 +27,14 @@ from spark_jax.verification.report import report
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage I in the folder `path`; returns its summary. Progress is in problems, both passes."""
+    launch.check_stage1(config)
     config = launch.sub_config(config, "generate", "verify")
+    task = tasks.load(config.task)
+    model = launch.text_model(*launch.load_model(config.model), name=config.model)
+    sample = text_sampler(model, launch.decode_options(config))
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    task = tasks.load(config.task)
-    model = launch.text_model(*launch.load_model(config.model), name=config.model)
-    sample = text_sampler(model, DecodeOptions(slots=config.decode.slots))
     problems = task.problems(config.generate.num_problems, config.seed, "train")
 
     solutions = generate_solutions(
@@ -77,15 +79,21 @@ SOLUTIONS, VERIFIED = "solutions.jsonl", "verified.jsonl"
 
 
 def load(
-    path: Path, task: tasks.Task, config: Config
+    path: Path, task: tasks.Task
 ) -> tuple[list[Problem], list[Solution], list[VerifiedSolution]]:
-    """What a stage I run left in `path`. FileNotFoundError where there is none."""
-    if not (path / VERIFIED).is_file():
-        raise FileNotFoundError(
-            f"prm.data={str(path)!r} holds no {VERIFIED}; run generate_verifications with "
-            "--config.run_dir set to it"
+    """What a finished stage I run left in `path`. FileNotFoundError where there is none."""
+    for name in ("summary.json", VERIFIED):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"prm.data={str(path)!r} holds no {name}, so it is no finished stage I run; run "
+                "generate_verifications with --config.run_dir set to it"
+            )
+    made_with = json.loads((path / "config.json").read_text())
+    if made_with["task"] != task.name:
+        raise launch.ConfigError(
+            f"prm.data={str(path)!r} is of task {made_with['task']!r}, this run of {task.name!r}"
         )
-    problems = task.problems(config.generate.num_problems, config.seed, "train")
+    problems = task.problems(made_with["generate"]["num_problems"], made_with["seed"], "train")
     solutions = read_jsonl(path / SOLUTIONS, Solution)
     return problems, solutions, read_jsonl(path / VERIFIED, VerifiedSolution)
 
@@ -113,4 +121,4 @@ def settings(config: Config, section: Config) -> SamplingSettings:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, launch.check_stage1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ BASE = "base"
 
 def run(config: Config, path: Path) -> dict[str, Any]:
     """All runs of `config.pipeline` under the folder `path`; returns the summary."""
-    for arm in config.pipeline.arms.values():
-        launch.validate_rl(arm_config(config, arm, seed=0, reward_model=""))
+    check(config)
+    if config.quick:
+        config, path = quick_version(config), path.with_name(f"{path.name}-quick")
     folder = RunFolder.open(path, config)
     console = Console()
-    if config.pretrain:
-        config = make_base(config, path / BASE)
-
     with _progress(console) as progress:
+        if config.pretrain:
+            config = make_base(config, path / BASE, progress)
         jobs = Jobs(progress, config.pipeline.workers)
         seeds = list(config.pipeline.seeds)
         jobs.run(
@@ -126,12 +126,50 @@ def arm_config(config: Config, arm: Config, seed: int, reward_model: str) -> Con
     return launch.changed(config, {"seed": seed, "rl.reward_model": reward_model, **changes})
 
 
-def make_base(config: Config, path: Path) -> Config:
+def check(config: Config) -> None:
+    """All stages, and every arm of the last one."""
+    launch.check_stage1(config)
+    launch.check_prm(config)
+    if config.prm.method not in config.verify.methods:
+        raise launch.ConfigError(
+            f"prm.method={config.prm.method!r} is not among verify.methods="
+            f"{tuple(config.verify.methods)}; add it there"
+        )
+    for name in ("seeds", "arms"):
+        if not config.pipeline[name]:
+            raise launch.ConfigError(f"pipeline.{name} is empty; give at least one")
+    if config.pipeline.workers < 1:
+        raise launch.ConfigError(f"pipeline.workers={config.pipeline.workers}; needs at least 1")
+    for arm in config.pipeline.arms.values():
+        launch.check_rl(arm_config(config, arm, seed=0, reward_model=""))
+
+
+def quick_version(config: Config) -> Config:
+    """One seed and smaller runs: enough to see every part work, not enough for an interval."""
+    changes = {
+        "pipeline.seeds": tuple(config.pipeline.seeds)[:1],
+        "generate.num_problems": -(-config.generate.num_problems // 2),
+        "prm.steps": -(-config.prm.steps // 2),
+        "rl.steps": -(-config.rl.steps * 3 // 5),
+        "evaluate.num_problems": -(-config.evaluate.num_problems // 2),
+        "evaluate.samples_per_problem": -(-config.evaluate.samples_per_problem // 2),
+    }
+    return launch.changed(config, changes)
+
+
+def make_base(config: Config, path: Path, progress: Progress) -> Config:
     """Pretrains the base afresh into `path` and uses it from here on."""
     from spark_jax.experiments import pretrain
 
     if not (path / "config.json").exists():
-        pretrain.run(path, seed=config.seed)
+        settings = pretrain.PretrainSettings()
+        bar = progress.add_task("Base: pretraining", total=settings.steps)
+        pretrain.run(
+            path,
+            seed=config.seed,
+            settings=settings,
+            on_progress=lambda step, _: progress.update(bar, completed=step),
+        )
     return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
 
 
@@ -165,9 +203,11 @@ class Jobs:
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(one, index) for index in range(len(jobs))]
             try:
-                for future in futures:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
                     future.result()
             except BaseException:
+                self.progress.console.print("stopping: what is under way is finished first ...")
                 pool.shutdown(cancel_futures=True)
                 raise
 
@@ -190,4 +230,4 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, check)

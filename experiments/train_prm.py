@@ -36,14 +36,15 @@ SAVE_EVERY = 100
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
+    launch.check_prm(config)
     config = launch.sub_config(config, "generate", "prm", "evaluate")
+    task = tasks.load(config.task)
+    params, model_config, tokenizer = launch.load_model(config.model)
+    pairs, counts = examples(config, task)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    task = tasks.load(config.task)
-    params, model_config, tokenizer = launch.load_model(config.model)
 
-    pairs, counts = examples(config, task)
     arrays = tokenize_examples(tokenizer, pairs, max_length=config.prm.max_length)
     order = (
         grain.MapDataset.range(len(arrays["tokens"]))
@@ -90,7 +91,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
 def examples(config: Config, task: tasks.Task) -> tuple[list[TrainingPair], dict[str, Any]]:
     """Prompt and target of every solution that the method verified, balanced if asked for."""
-    problems, solutions, verified = generate_verifications.load(Path(config.prm.data), task, config)
+    problems, solutions, verified = generate_verifications.load(Path(config.prm.data), task)
     counts: dict[str, Any] = {}
     if config.prm.balance:
         judged = [(r.problem_id, aggregated_by(r, config.prm.method)) for r in verified]
@@ -119,4 +120,4 @@ def compiled_step(model_config: Any, optimizer_config: str, accumulation_steps: 
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, launch.check_prm)

@@ -55,7 +55,6 @@ from spark_jax.rewards.records import RewardInputs
 from spark_jax.scoring import response_logprobs_and_entropy
 from spark_jax.steps import step_ids, token_offsets
 from spark_jax.text_generation import (
-    DecodeOptions,
     SampledText,
     TextModel,
     rollout_texts,
@@ -73,8 +72,10 @@ NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
-    launch.validate_rl(config)
-    config = launch.sub_config(config, "rl", "prm", "evaluate")
+    launch.check_rl(config)
+    config = launch.sub_config(config, "rl", "prm", "generate", "evaluate")
+    initial, model_config, tokenizer = launch.load_model(config.model)
+    reward_model, reference = _reward_model(config), _reference_policy(config, initial)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
@@ -83,9 +84,6 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     order = grain.MapDataset.range(len(problems)).shuffle(seed=config.seed).repeat()
     order = order.batch(config.rl.prompts_per_step)
 
-    initial, model_config, tokenizer = launch.load_model(config.model)
-    reward_model = _reward_model(config)
-    reference = initial if needs_reference_policy(config) else None
     update = compiled_step(model_config, json.dumps(_update_settings(config)))
     train = state.create(jax.tree.map(jnp.copy, initial), _optimizer(config), _key(config))
 
@@ -96,8 +94,9 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
         policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
-        if first == 1:
-            metrics.scalars(0, _evaluation(config, task, policy))
+        scores = evaluate.policy_scores(config, task, policy)
+        if restored is None:
+            metrics.scalars(0, evaluation_metrics(scores))
 
         for step in range(first, config.rl.steps + 1):
             batch_problems = [
@@ -106,17 +105,23 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             rollout, samples = roll_out(config, task, policy, batch_problems, step)
             judged = judge_responses(config, task, reward_model, batch_problems, samples, step)
             rewards = compute_rewards(config, task, batch_problems, samples, judged, step)
-            batch, values = make_batch(
-                config, task, model_config, reference, rollout, samples, rewards, judged, tokenizer
+            steps = token_step_ids(task, tokenizer, samples, rollout.tokens.shape[1])
+            inputs = advantage_inputs(
+                config, model_config, train.params, reference, rollout, rewards, judged, steps
             )
+            batch, values = make_batch(config, rollout, inputs)
+            updates = []
             for part in minibatches(config, batch):
-                train, update_values = update(train, part)
+                if part.mask.any():  # groups may all have been filtered out
+                    train, update_values = update(train, part)
+                    updates.append(update_values)
             policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
 
-            values |= {f"policy/{name}": value for name, value in update_values.items()}
+            values |= update_metrics(updates)
             values |= judged.metrics | truth_metrics(task, batch_problems, samples, judged)
             if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
-                values |= _evaluation(config, task, policy)
+                scores = evaluate.policy_scores(config, task, policy)
+                values |= evaluation_metrics(scores)
             metrics.scalars(step, values)
             _write_samples(
                 folder.samples / f"step_{step:06d}.jsonl", batch_problems, samples, rewards
@@ -128,7 +133,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
     checkpoints.save_hf(path / "model", train.params, model_config, tokenizer)
     summary = {
-        "evaluation": evaluate.policy_scores(config, task, policy),
+        "evaluation": scores,
         "skipped_updates": int(train.skipped),
     }
     folder.write_summary(summary)
@@ -148,7 +153,7 @@ def roll_out(
             temperature=config.rl.temperature, max_new_tokens=config.decode.max_new_tokens
         ),
         key=jax.random.fold_in(_key(config), step),
-        options=DecodeOptions(config.decode.max_prompt_length, config.decode.slots),
+        options=launch.decode_options(config),
     )
     return rollout, rollout_texts(rollout, policy.tokenizer)
 
@@ -197,55 +202,59 @@ def compute_rewards(
     return REWARDS[config.rl.reward](inputs)
 
 
-def make_batch(
+def advantage_inputs(
     config: Config,
-    task: tasks.Task,
     model_config: Any,
+    params: Any,
     reference: Any,
     rollout: decoding.Rollout,
-    samples: Sequence[SampledText],
     rewards: np.ndarray,
     judged: Judged,
-    tokenizer: Any,
-) -> tuple[PolicyBatch, dict[str, Any]]:
-    """Advantages and everything else the update needs; and metrics of rewards and advantages."""
-    group_size = config.rl.group_size
-    prompt_tokens = jnp.repeat(rollout.prompt_tokens, group_size, axis=0)
-    prompt_mask = jnp.repeat(rollout.prompt_mask, group_size, axis=0)
-    ref_logprobs = None
+    steps: np.ndarray,
+) -> AdvantageInputs:
+    """All that an advantage may look at.
+
+    Where process rewards compare the policy with the reference, the scorer scores both: the
+    sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up.
+    """
+    ref_logprobs, policy_logprobs = None, rollout.logprobs
     if reference is not None:
-        ref_logprobs, _ = compiled_score(model_config)(
-            reference, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
-        )
-    ids = None
-    if needs_step_ids(config):
-        ids = jnp.asarray(token_step_ids(task, tokenizer, samples, rollout.tokens.shape[1]))
-    inputs = AdvantageInputs(
+        score = functools.partial(_score, config, model_config, rollout)
+        ref_logprobs = score(reference)
+        if config.rl.advantage in NEEDS_PROCESS_REWARDS:
+            policy_logprobs = score(params)
+    return AdvantageInputs(
         rewards=jnp.asarray(rewards),
         mask=rollout.mask,
-        group_size=group_size,
-        policy_logprobs=rollout.logprobs,
+        group_size=config.rl.group_size,
+        policy_logprobs=policy_logprobs,
         ref_logprobs=ref_logprobs,
         verdicts=jnp.asarray(judged.verdicts),
-        step_ids=ids,
+        step_ids=jnp.asarray(steps),
     )
+
+
+def make_batch(
+    config: Config, rollout: decoding.Rollout, inputs: AdvantageInputs
+) -> tuple[PolicyBatch, dict[str, Any]]:
+    """What the update needs, advantages included; and metrics of rewards and advantages."""
     options = launch.given(config.rl.advantage_options)
     advantages = compiled_advantage(config.rl.advantage, json.dumps(options))(inputs)
     mask = rollout.mask & _kept_groups(config, inputs.rewards)[:, None]
     batch = PolicyBatch(
-        prompt_tokens=prompt_tokens,
-        prompt_mask=prompt_mask,
+        prompt_tokens=jnp.repeat(rollout.prompt_tokens, config.rl.group_size, axis=0),
+        prompt_mask=jnp.repeat(rollout.prompt_mask, config.rl.group_size, axis=0),
         tokens=rollout.tokens,
         mask=mask,
         old_logprobs=rollout.logprobs,
         advantages=advantages,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=inputs.ref_logprobs,
     )
     metrics = {
         "reward/mean": inputs.rewards.mean(),
         "reward/std": inputs.rewards.std(),
-        "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, group_size)
-        / (len(rewards) // group_size),
+        "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, config.rl.group_size)
+        / config.rl.prompts_per_step,
         "advantage/mean_absolute": jnp.abs(advantages).sum() / rollout.mask.sum(),
         "response/length": rollout.mask.sum(axis=1).mean(),
         "response/finished": rollout.finished.mean(),
@@ -255,6 +264,17 @@ def make_batch(
     if config.rl.advantage in NEEDS_PROCESS_REWARDS:
         metrics |= compiled_process_metrics(options.get("beta"))(inputs)
     return batch, metrics
+
+
+def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of a rollout's updates: means over them; skipped updates summed; and the gap
+    between sampler and scorer at the first one, before the policy has moved."""
+    if not updates:
+        return {"policy/updates": 0}
+    means = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
+    means |= {name: updates[0][name] for name in ("logprob_gap_max", "logprob_gap_mean")}
+    means["update_skipped"] = np.sum([values["update_skipped"] for values in updates])
+    return {"policy/updates": len(updates)} | {f"policy/{name}": v for name, v in means.items()}
 
 
 def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
@@ -270,8 +290,9 @@ def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
 def token_step_ids(
     task: tasks.Task, tokenizer: Any, samples: Sequence[SampledText], num_tokens: int
 ) -> np.ndarray:
-    """[B, T]: which step each sampled token belongs to, −1 outside any."""
-    texts, offsets = zip(*(token_offsets(tokenizer, s.token_ids) for s in samples), strict=True)
+    """[B, T]: which step each sampled token belongs to, −1 outside any, as at the stop token."""
+    bodies = [s.token_ids[:-1] if s.finished else s.token_ids for s in samples]
+    texts, offsets = zip(*(token_offsets(tokenizer, body) for body in bodies), strict=True)
     spans = [task.text_format.split_steps(text)[:MAX_STEPS] for text in texts]
     return step_ids(spans, offsets, num_tokens)
 
@@ -290,10 +311,6 @@ def truth_metrics(
 
 def needs_reference_policy(config: Config) -> bool:
     return config.rl.advantage in NEEDS_PROCESS_REWARDS or config.rl.objective.kl_coefficient > 0
-
-
-def needs_step_ids(config: Config) -> bool:
-    return config.rl.advantage in launch.NEEDS_VERDICTS + NEEDS_PROCESS_REWARDS
 
 
 @functools.lru_cache(maxsize=16)
@@ -348,18 +365,34 @@ def _reward_model(config: Config) -> Sample | None:
     if config.rl.reward not in REWARDS_THAT_JUDGE:
         return None
     if not config.rl.reward_model:
-        raise ValueError(
+        raise launch.ConfigError(
             f"rl.reward={config.rl.reward!r} needs rl.reward_model, the checkpoint folder of a "
             "reward model; train_prm makes one in its run_dir/model"
         )
     model = launch.text_model(
         *launch.load_model(config.rl.reward_model), name=config.rl.reward_model
     )
-    return text_sampler(model, DecodeOptions(config.decode.max_prompt_length, config.decode.slots))
+    return text_sampler(model, launch.decode_options(config))
 
 
-def _evaluation(config: Config, task: tasks.Task, policy: TextModel) -> dict[str, float]:
-    scores = evaluate.policy_scores(config, task, policy)
+def _reference_policy(config: Config, initial: Any) -> Any:
+    """Parameters of π_ref, the initial policy unless `rl.reference_model` names another; None where
+    nothing compares with it."""
+    if not needs_reference_policy(config):
+        return None
+    if not config.rl.reference_model:
+        return initial
+    return launch.load_model(config.rl.reference_model)[0]
+
+
+def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:
+    prompts = (rollout.prompt_tokens, rollout.prompt_mask)
+    tokens, mask = (jnp.repeat(x, config.rl.group_size, axis=0) for x in prompts)
+    return compiled_score(model_config)(params, tokens, mask, rollout.tokens, rollout.mask)[0]
+
+
+def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """What `evaluate.policy_scores` found, as metrics."""
     return {
         "eval/accuracy": scores["accuracy"]["estimate"],
         "eval/response_length": scores["response_length"],
@@ -378,13 +411,10 @@ def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
 
 def _update_settings(config: Config) -> dict[str, Any]:
     """What the compiled update depends on, as JSON values."""
-    objective = config.rl.objective.to_dict()
-    if objective["aggregation"] == "sequence_sum_const":
-        objective["sequence_constant"] = config.decode.max_new_tokens
     updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     return {
         "optimizer": {**config.rl.optimizer.to_dict(), "total_steps": updates},
-        "objective": objective,
+        "objective": launch.objective_fields(config),
         "accumulation_steps": config.rl.accumulation_steps,
     }
 
@@ -408,4 +438,4 @@ def _write_samples(
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, launch.check_rl)

@@ -110,10 +110,8 @@ def sample_rollout(
 
 def rollout_texts(rollout: decoding.Rollout, tokenizer: Any) -> list[SampledText]:
     """The B samples of a rollout as text, group-major."""
-    tokens, counts, finished = jax.device_get(
-        (rollout.tokens, rollout.mask.sum(axis=1), rollout.finished)
-    )
-    ids = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+    tokens, mask, finished = jax.device_get((rollout.tokens, rollout.mask, rollout.finished))
+    ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     bodies = [row[:-1] if done else row for row, done in zip(ids, finished, strict=True)]
     texts = tokenizer.batch_decode(bodies, skip_special_tokens=False)
     return [

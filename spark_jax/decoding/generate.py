@@ -48,20 +48,24 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, one above `max_prompt_length` or with an id outside the
-        vocabulary (with its index), settings out of range, limits that are not positive.
+        vocabulary (with its index), more positions than the model has, settings out of range,
+        limits that are not positive.
     """
     limits = _limits(max_new_tokens, len(prompts))
     lengths = _check_prompts(prompts, config.vocab_size, max_prompt_length)
+    _check_positions(lengths, limits, config.max_positions)
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt={samples_per_prompt}; it must be at least 1")
     num_rows = len(prompts) * samples_per_prompt
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots}; it must be at least 1")
+    if slots_per_lane is not None and slots_per_lane < 1:
+        raise ValueError(f"slots_per_lane={slots_per_lane}; it must be at least 1")
     waiting = slots is not None and slots < num_rows
     width = slots_per_lane or (-(-samples_per_prompt // 4) if waiting else samples_per_prompt)
     width = min(width, samples_per_prompt, slots or num_rows)
     padded = ladder(len(prompts))
-    lanes = max(1, slots // width) if slots is not None and waiting else padded
+    lanes = padded if slots is None else max(1, min(padded, slots // width))
     shape = decoder.Shape(
         lanes=lanes,
         width=width,
@@ -86,10 +90,11 @@ def generate(
 
 def layout(params: transformer.Params, config: ModelConfig) -> transformer.Params:
     """Parameters as decoding wants them here: one array per layer on CPU (3-7x faster than a scan
-    there), stacked elsewhere; in the compute dtype. Call once per policy update."""
+    there), stacked elsewhere; in the compute dtype. Call once per policy update. Always a copy, so
+    that a train step may donate the original."""
     if jax.default_backend() == "cpu":
         return _unstack(params, config)
-    return jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
+    return jax.tree.map(lambda x: jnp.array(x, config.compute_dtype, copy=True), params)
 
 
 def ladder(n: int) -> int:
@@ -104,25 +109,27 @@ _unstack = jax.jit(transformer.unstack, static_argnums=1)
 def _rollout(
     out: decoder.Outputs, prompts: np.ndarray, lengths: np.ndarray, limit: int, shape: decoder.Shape
 ) -> Rollout:
+    """Cuts the padding off on the host: sliced on the device, every size would compile anew."""
     rows = len(prompts) * shape.group_size
+    out = jax.device_get(out)
     counts = out.counts[:rows]
-    mask = jnp.arange(limit) < counts[:, None]
     left_padded = np.zeros_like(prompts)
     for row, prompt, n in zip(left_padded, prompts, lengths, strict=True):
         row[len(row) - n :] = prompt[:n]
-    busy = jnp.sum(counts) / jnp.maximum(out.steps * shape.lanes * shape.width, 1)
-    return Rollout(
-        prompt_tokens=jnp.asarray(left_padded),
-        prompt_mask=jnp.asarray(np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]),
+    slot_steps = max(int(out.steps) * shape.lanes * shape.width, 1)
+    rollout = Rollout(
+        prompt_tokens=left_padded,
+        prompt_mask=np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None],
         tokens=out.tokens[:rows, :limit],
-        mask=mask,
+        mask=np.arange(limit) < counts[:, None],
         logprobs=out.logprobs[:rows, :limit],
         sampling_logprobs=out.sampling_logprobs[:rows, :limit],
         finished=out.finished[:rows],
         decode_steps=out.steps,
-        slot_occupancy=busy.astype(jnp.float32),
+        slot_occupancy=np.float32(counts.sum() / slot_steps),
         group_size=shape.group_size,
     )
+    return jax.tree.map(jnp.asarray, rollout)
 
 
 def _limits(max_new_tokens: int | Sequence[int], num_prompts: int) -> np.ndarray:
@@ -150,6 +157,16 @@ def _check_prompts(
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"prompt {i} has a token id outside 0..{vocab_size - 1}")
     return np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+
+def _check_positions(lengths: np.ndarray, limits: np.ndarray, max_positions: int) -> None:
+    total = lengths + limits
+    if np.any(total > max_positions):
+        i = int(np.argmax(total))
+        raise ValueError(
+            f"prompt {i} has {lengths[i]} tokens and may get {limits[i]} more, but the model has "
+            f"max_positions={max_positions}; shorten the prompt or lower max_new_tokens"
+        )
 
 
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:

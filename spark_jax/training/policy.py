@@ -56,6 +56,9 @@ class Objective:
         if self.aggregation not in losses.AGGREGATIONS:
             choices = sorted(losses.AGGREGATIONS)
             raise ValueError(f"aggregation={self.aggregation!r} is unknown; choose from {choices}")
+        if self.importance not in losses.IMPORTANCES:
+            choices = list(losses.IMPORTANCES)
+            raise ValueError(f"importance={self.importance!r} is unknown; choose from {choices}")
         if self.kl_estimator not in losses.KL_ESTIMATORS:
             choices = sorted(losses.KL_ESTIMATORS)
             raise ValueError(

@@ -16,6 +16,10 @@ from typing import Any
 SUBFOLDERS = ("checkpoints", "samples", "plots")
 
 
+class OtherRun(ValueError):
+    """The folder belongs to another run than the one that wants to go on in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """Made by `open`. `resumed` is true where the folder held this run already."""
@@ -34,8 +38,9 @@ class RunFolder:
         the resumed run need not equal the uninterrupted one bit for bit.
 
         Raises:
-          ValueError: the folder holds a run with another configuration (each differing field is
-            named), or results without a configuration; or `config` holds what is not JSON.
+          OtherRun: the folder holds a run with another configuration (each differing field is
+            named), or results without a configuration.
+          ValueError: `config` holds what is not JSON.
         """
         path = Path(path)
         resolved = _json_value(config, "config")
@@ -105,7 +110,7 @@ def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:
         if _show(old, field) != _show(new, field)
     ]
     if changes:
-        raise ValueError(
+        raise OtherRun(
             f"{path.parent} holds a run with another configuration; use another folder, or the "
             "configuration it was started with:\n" + "\n".join(changes)
         )
@@ -115,7 +120,7 @@ def _refuse_orphaned_results(path: Path) -> None:
     orphans = [path / "checkpoints", path / "metrics.jsonl"]
     found = [p.name for p in orphans if p.is_file() or (p.is_dir() and any(p.iterdir()))]
     if found:
-        raise ValueError(
+        raise OtherRun(
             f"{path} holds {' and '.join(found)} but no config.json, so whose they are is unknown; "
             "use another folder or put the file back"
         )

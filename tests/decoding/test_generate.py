@@ -12,6 +12,7 @@ from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import ladder
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.text_generation import rollout_texts
 
 CONFIG = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
@@ -188,6 +189,37 @@ def test_settings_recompile_nothing(params, prompts):
     assert decoder.decode._cache_size() == before
 
 
+def test_other_numbers_of_prompts_on_a_rung_compile_nothing(params, prompts):
+    """Not the decoder, and not the handling of its results either."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    def both(some):
+        rollout = generate(params, some, samples_per_prompt=2)
+        return rollout_texts(rollout, IdsAsText())
+
+    both(prompts[:6])
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    assert len(both(prompts[:5])) == 10
+    assert len(both(prompts[1:6])) == 10
+    assert not compiled
+
+
+class IdsAsText:
+    def batch_decode(self, rows, **_):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def test_slots_are_a_limit(params, prompts):
+    few = generate(params, prompts[:5], slots=6)
+    shape_steps = int(few.mask.sum()) / float(few.slot_occupancy) / int(few.decode_steps)
+    assert round(shape_steps) == 6
+    assert responses(few) == responses(generate(params, prompts[:5]))
+
+
 def test_ladder_is_short_and_never_too_small():
     rungs = {ladder(n) for n in range(1, 5000)}
     assert all(ladder(n) >= n and ladder(n) <= 1.5 * n + 1 for n in range(1, 5000))
@@ -205,6 +237,8 @@ def test_ladder_is_short_and_never_too_small():
         ([[1]], {"max_new_tokens": [1, 2]}, r"max_new_tokens has shape \(2,\)"),
         ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt=0"),
         ([[1]], {"slots": 0}, "slots=0"),
+        ([[1]], {"slots_per_lane": 0}, "slots_per_lane=0"),
+        ([[1], [1, 2]], {"max_new_tokens": 4095}, "prompt 1 has 2 tokens.*max_positions=4096"),
     ],
 )
 def test_bad_requests_are_refused(params, prompts, options, message):

@@ -1,48 +1,121 @@
 """Configurations that cannot work are refused at once, with the choices."""
 
+import ast
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from spark_jax.experiments import launch
+from spark_jax.experiments import launch, pipeline
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"task": "chess"}, "task='chess'.*arithmetic_chains"),
-        ({"rl.reward": "orme"}, "rl.reward='orme'.*majority_vote.*orm.*random"),
-        ({"rl.advantage": "ppo"}, r"rl.advantage='ppo'.*'rloo', 'selective', 'spro'"),
+        ({"model": "nowhere"}, "model='nowhere' is no folder with model.safetensors"),
+        ({"decode.max_new_tokens": 0}, "decode.max_new_tokens=0; it must be at least 1"),
+        ({"verify.methods": ("single", "x")}, "verify.methods='x'.*step_consistency"),
+        ({"verify.methods": ()}, "verify.methods is empty"),
+        ({"verify.top_p": 2.0}, "verify: top_p=2.0"),
+        ({"generate.temperature": 0.0}, "generate: temperature=0.0"),
+        ({"generate.num_problems": 0}, "generate.num_problems=0"),
         ({"prm.kind": "cot"}, "prm.kind='cot'.*orm.*prm_cot"),
         ({"prm.method": "vote"}, "prm.method='vote'.*single.*step_consistency"),
         ({"prm.method": "meta_critique"}, "'meta_critique' is not among verify.methods"),
-        ({"verify.methods": ("single", "x")}, "verify.methods='x'"),
-        ({"rl.format_checks": ("boxed",)}, "'boxed'.*one_boxed"),
-        ({"rl.reward": "orm"}, r"rl.reward='orm' needs a reward model of kind \('orm',\)"),
-        (
-            {"rl.reward": "rule_based", "rl.advantage": "selective"},
-            r"'selective' needs step verdicts.*'process_aware_outcome', 'step_average'",
-        ),
+        ({"prm.accumulation_steps": 5}, "prm.batch_size=64 does not divide into 5"),
+        ({"prm.optimizer.name": "adamax2"}, "prm.optimizer: .*adamax2.*adamw"),
+        ({"evaluate.what": "all"}, "evaluate.what='all'.*policy.*reward_model"),
+        ({"evaluate.temperature": -1.0}, "evaluate.temperature: temperature=-1.0"),
+        ({"pipeline.seeds": ()}, "pipeline.seeds is empty"),
+        ({"pipeline.workers": 0}, "pipeline.workers=0"),
         ({"rl.minibatches": 3}, "rl.prompts_per_step=32 does not divide into 3 equal parts"),
         ({"rl.accumulation_steps": 7}, r"group_size\)=256 does not divide into 7"),
-        ({"prm.accumulation_steps": 5}, "prm.batch_size=64 does not divide into 5"),
-        ({"rl.group_size": 0}, "rl.group_size=0"),
-        (
-            {"rl.advantage_options.discount": 0.5},
-            r"rl.advantage_options=\{'discount': 0.5\} do not fit 'grpo'",
-        ),
-        (
-            {"rl.advantage": "spro", "rl.advantage_options.baseline": "prompt"},
-            "baseline.*prompt",
-        ),
+        ({"rl.group_size": 1}, "rl.group_size=1; it must be at least 2"),
+        ({"rl.evaluate_every": 0}, "rl.evaluate_every=0"),
+        ({"rl.temperature": 0.7}, "rl.temperature=0.7; it must be 1"),
+        ({"rl.filter_low": 0.9, "rl.filter_high": 0.1}, "rl.filter_low=0.9 is above"),
+        ({"rl.format_checks": ("boxed",)}, "'boxed'.*one_boxed"),
+        ({"rl.objective.aggregation": "mean"}, "rl.objective: .*'mean'.*token_mean"),
+        ({"rl.objective.clip_low": -3.0}, "rl.objective: .*clip_low=-3.0"),
+        ({"rl.optimizer.schedule": "step"}, "rl.optimizer: .*'step'.*cosine"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
     config = launch.load_config("configs/demo.py")
-    launch.validate(config)
-    with pytest.raises(ValueError, match=message):
-        launch.validate(launch.changed(config, changes))
+    check_all(config)
+    with pytest.raises(launch.ConfigError, match=message):
+        check_all(launch.changed(config, changes))
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"reward": "orme"}, "rl.reward='orme'.*majority_vote.*orm.*random"),
+        ({"reward": "random", "advantage": "ppo"}, r"'ppo'.*'rloo', 'selective', 'spro'"),
+        ({"reward": "orm"}, r"rl.reward='orm' needs a reward model of kind \('orm',\)"),
+        (
+            {"reward": "rule_based", "advantage": "selective"},
+            r"'selective' needs step verdicts.*'process_aware_outcome', 'step_average'",
+        ),
+        (
+            {"reward": "random", "advantage_options.discount": 0.5},
+            r"rl.advantage_options=\{'discount': 0.5\} do not fit 'grpo'",
+        ),
+        (
+            {"reward": "random", "advantage": "spro", "advantage_options.baseline": "prompt"},
+            "baseline.*prompt",
+        ),
+    ],
+)
+def test_impossible_arms_are_refused(arm, message):
+    changes = {f"rl.{field}": value for field, value in arm.items()}
+    with pytest.raises(launch.ConfigError, match=message):
+        launch.check_rl(launch.changed(launch.load_config("configs/demo.py"), changes))
+
+
+def check_all(config):
+    launch.check_common(config)
+    pipeline.check(config)
+    launch.check_rl(config)
+
+
+def documented_commands():
+    """Every command of the docstrings and the README that starts an experiment."""
+    files = [*Path("experiments").glob("*.py"), *Path("configs").glob("*.py"), Path("README.md")]
+    pattern = re.compile(r"python -m spark_jax\.experiments\.(\w+)((?:[^\n`]*\\\n)*[^\n`]*)")
+    for file in files:
+        for name, rest in pattern.findall(file.read_text()):
+            if "--config=" in rest and "<name>" not in rest:
+                yield name, tuple(shlex.split(rest.replace("\\\n", " ")))
+
+
+@pytest.mark.parametrize(("name", "arguments"), sorted(set(documented_commands())), ids=str)
+def test_documented_commands_pass_their_checks(name, arguments):
+    """Up to the models and folders that earlier commands leave."""
+    checked = launch.check_arguments(["x", *arguments])
+    fields = [a.removeprefix("--config.").split("=", 1) for a in checked if "--config." in a]
+    changes = {}
+    for field, text in fields:
+        try:
+            changes[field] = ast.literal_eval(text.capitalize() if text == "true" else text)
+        except (ValueError, SyntaxError):
+            changes[field] = text
+    changes.pop("model", None)
+    config = launch.changed(launch.load_config("configs/demo.py"), changes)
+    checks = {
+        "generate_verifications": launch.check_stage1,
+        "train_prm": launch.check_prm,
+        "train_rl": launch.check_rl,
+        "evaluate": launch.check_evaluate,
+        "pipeline": pipeline.check,
+    }
+    launch.check_common(config)
+    checks[name](config)
+    assert name == "pipeline" or "run_dir" in changes  # runs/demo is the pipeline's own
 
 
 def test_command_line_names_unknown_fields_and_files():
@@ -50,6 +123,7 @@ def test_command_line_names_unknown_fields_and_files():
         launch.check_arguments(["x", "--config=configs/demo.py", "--config.rl.advantge=spro"])
     with pytest.raises(FileNotFoundError, match=r"'configs/none.py'.*demo.py"):
         launch.check_arguments(["x", "--config=configs/none.py"])
+    assert launch.check_arguments(["x", "--config", "configs/demo.py"])[1].startswith("--config=")
     with pytest.raises(ValueError, match="--config=FILE is missing"):
         launch.check_arguments(["x"])
 

@@ -14,10 +14,10 @@ def config(tiny):
     changes = {"verify.methods": ("single", "outcome_consistency", "step_consistency")}
     config = launch.changed(tiny, changes)
     arms = config.pipeline.arms.to_dict()
-    kept = ("PRM reward, GRPO", "PRM reward, SPRO", "random")
-    config.unlock()
-    config.pipeline.arms = {name: arms[name] for name in kept}
-    return config.lock()
+    kept = ("prm_grpo", "prm_spro", "random")
+    with config.unlocked():
+        config.pipeline.arms = {name: arms[name] for name in kept}
+    return config
 
 
 def test_pipeline_leaves_summary_plots_and_tables(config, tmp_path, capsys, monkeypatch):
@@ -35,13 +35,13 @@ def test_pipeline_leaves_summary_plots_and_tables(config, tmp_path, capsys, monk
     assert not (tmp_path / "summary.json").exists()
     results = pipeline.run(config, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()).keys() == results.keys()
-    assert set(results["stage3"]) == {"PRM reward, GRPO", "PRM reward, SPRO", "random"}
+    assert set(results["stage3"]) == {"prm_grpo", "prm_spro", "random"}
     assert set(results["stage2"]) == {"base", "single", "outcome_consistency", "step_consistency"}
     score = results["stage1"]["step_consistency"]["3"]["step_accuracy"]
     assert score["low"] <= score["estimate"] <= score["high"]
     assert len(score["per_seed"]) == 2
-    claim = results["differences"]["III: accuracy, PRM reward, GRPO - PRM reward, SPRO"]
-    after = [results["stage3"][f"PRM reward, {a}"]["after"]["per_seed"] for a in ("GRPO", "SPRO")]
+    claim = results["differences"]["III: accuracy, prm_grpo - prm_spro"]
+    after = [results["stage3"][f"prm_{a}"]["after"]["per_seed"] for a in ("grpo", "spro")]
     assert claim["per_seed"] == pytest.approx([a - b for a, b in zip(*after, strict=True)])
     for name in ("stage1", "stage2", "stage3", "by_step", "overview"):
         with Image.open(tmp_path / "plots" / f"{name}.png") as image:
@@ -52,8 +52,19 @@ def test_pipeline_leaves_summary_plots_and_tables(config, tmp_path, capsys, monk
 
 
 def test_impossible_arms_are_refused_before_anything_runs(config, tmp_path):
-    config.unlock()
-    config.pipeline.arms["bad"] = {"reward": "rule_based", "advantage": "global_step"}
+    with config.unlocked():
+        config.pipeline.arms["bad"] = {"reward": "rule_based", "advantage": "global_step"}
     with pytest.raises(ValueError, match="'global_step' needs step verdicts"):
-        pipeline.run(config.lock(), tmp_path)
+        pipeline.run(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_quick_is_smaller_and_has_a_folder_of_its_own(config, tmp_path):
+    quick = pipeline.quick_version(config)
+    assert quick.pipeline.seeds == (0,)
+    assert quick.rl.steps < launch.load_config("configs/demo.py").rl.steps
+    assert quick.generate.num_problems < config.generate.num_problems
+    results = pipeline.run(launch.changed(config, {"quick": True}), tmp_path / "run")
+    assert results["seeds"] == [0]
+    assert (tmp_path / "run-quick" / "summary.json").exists()
+    assert not (tmp_path / "run").exists()

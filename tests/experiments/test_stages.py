@@ -1,10 +1,12 @@
 """Stages I and II as run from a configuration: every method, every kind, resumed exactly."""
 
 import json
+import shutil
 
 import pytest
 from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
 
+from spark_jax.data import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
 from spark_jax.verification.aggregate import AGGREGATIONS
@@ -58,8 +60,6 @@ def test_every_kind_of_reward_model_trains(tiny, reward_models, kind):
 
 @pytest.mark.parametrize("method", AGGREGATIONS)
 def test_every_method_gives_targets(tiny, stage1, method):
-    from spark_jax.data import tasks
-
     changes = {"prm.data": str(stage1), "prm.method": method, "prm.balance": True}
     pairs, counts = train_prm.examples(
         launch.changed(tiny, changes), tasks.load("arithmetic_chains")
@@ -82,6 +82,23 @@ def test_missing_stage1_is_named(tiny, tmp_path):
     config = launch.changed(tiny, {"prm.data": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match=r"prm.data=.*nowhere.*generate_verifications"):
         train_prm.run(config, tmp_path / "prm")
+    assert not (tmp_path / "prm").exists()  # the mended command may use the folder
+
+
+def test_an_unfinished_stage1_is_refused(tiny, stage1, tmp_path):
+    shutil.copytree(stage1, tmp_path / "stage1")
+    (tmp_path / "stage1" / "summary.json").unlink()
+    config = launch.changed(tiny, {"prm.data": str(tmp_path / "stage1")})
+    with pytest.raises(FileNotFoundError, match=r"no summary.json, so it is no finished stage I"):
+        train_prm.run(config, tmp_path / "prm")
+
+
+def test_stage2_may_have_another_seed_than_its_data(tiny, stage1):
+    changes = {"prm.data": str(stage1), "seed": 7, "generate.num_problems": 1}
+    task = tasks.load("arithmetic_chains")
+    other, _ = train_prm.examples(launch.changed(tiny, changes), task)
+    same, _ = train_prm.examples(launch.changed(tiny, {"prm.data": str(stage1)}), task)
+    assert other == same
 
 
 def test_evaluate_both_ways(tiny, reward_models, tmp_path):
@@ -92,5 +109,3 @@ def test_evaluate_both_ways(tiny, reward_models, tmp_path):
     scores = evaluate.run(launch.changed(tiny, changes), tmp_path / "reward_model")
     assert scores["num_solutions"] == 4
     assert "f1" in scores
-    with pytest.raises(ValueError, match=r"evaluate.what='x'.*policy.*reward_model"):
-        evaluate.run(launch.changed(tiny, {"evaluate.what": "x"}), tmp_path / "x")

@@ -62,7 +62,32 @@ def test_every_advantage_runs_and_teaches(tiny, reward_models, tmp_path, advanta
         **{f"rl.advantage_options.{name}": value for name, value in options.items()},
     }
     run(tiny, tmp_path, changes)
+    # The masked step advantage alone says nothing while policy and reference are the same, and so
+    # they stay the same: not even rounding may move the weights.
+    assert learned(tmp_path, tiny) == (advantage != "masked_step")
+
+
+def test_another_reference_policy(tiny, reward_models, tmp_path):
+    """Against another reference than itself, the masked step advantage alone does teach."""
+    changes = {"rl.reward": "random", "rl.advantage": "masked_step"}
+    run(tiny, tmp_path, {**changes, "rl.reference_model": reward_models["prm_cot"]})
     assert learned(tmp_path, tiny)
+
+
+def test_gap_is_measured_before_the_policy_moves(tiny, tmp_path):
+    changes = {"rl.reward": "random", "rl.minibatches": 2, "rl.epochs": 2}
+    run(tiny, tmp_path, {**changes, "rl.optimizer.learning_rate": 0.05})
+    for row in read_metrics(tmp_path / "metrics.jsonl")[1:]:
+        assert row["policy/logprob_gap_max"] < 1e-4
+        assert row["policy/updates"] == 4
+        assert row["policy/ratio_max"] > 1.001
+
+
+def test_no_update_where_every_group_is_filtered_out(tiny, tmp_path):
+    changes = {"rl.reward": "rule_based", "rl.filter_low": 0.999, "rl.filter_high": 0.9999}
+    run(tiny, tmp_path, changes)
+    assert not learned(tmp_path, tiny)
+    assert [row["policy/updates"] for row in read_metrics(tmp_path / "metrics.jsonl")[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +107,20 @@ def test_objectives_run(tiny, tmp_path, changes):
     assert learned(tmp_path, tiny)
 
 
-def test_references_are_out_of_reach(tiny, reward_models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("reward", "advantage"),
+    [
+        ("process_aware_outcome", "grpo"),
+        ("step_average", "selective"),
+        ("process_aware_outcome", "spro"),
+        ("majority_vote", "grpo"),
+        ("random", "grpo"),
+    ],
+)
+def test_references_are_out_of_reach(tiny, reward_models, tmp_path, monkeypatch, reward, advantage):
     """Corrupt every reference: the reference-free run is the same bit for bit, RLVR is not."""
-    free = {"rl.reward_model": reward_models["prm_cot"]}
+    free = {"rl.reward": reward, "rl.advantage": advantage}
+    free["rl.reward_model"] = reward_models["prm_cot"]
     checked = {"rl.reward": "rule_based"}
     run(tiny, tmp_path / "free", free)
     run(tiny, tmp_path / "checked", checked)
@@ -140,6 +176,10 @@ def test_step_ids_of_tokens():
     sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)
     got = train_rl.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 18)
     np.testing.assert_array_equal(got[0], [-1] + [0] * 6 + [1] * 6 + [-1] * 5)
+    unclosed = tokenizer.encode("<think> <step> 1: 7", add_special_tokens=False)
+    sample = SampledText("<think> <step> 1: 7", (*unclosed, tokenizer.eos_token_id), True)
+    got = train_rl.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 6)
+    np.testing.assert_array_equal(got[0], [-1, 0, 0, 0, -1, -1])  # the end is in no step
 
 
 def test_minibatches_are_whole_groups_and_cover_the_batch(tiny):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,6 @@ def load(
 ) -> tuple[Params, ModelConfig, PreTrainedTokenizerFast]:
     """Parameters, configuration and tokenizer of a base, by default the one shipped.
 
-    The configuration has `remat` off: activations of a model this small need no recomputing.
-
     Raises:
         FileNotFoundError: no checkpoint in `path`; names the command that makes it.
         ValueError: a checkpoint whose vocabulary is not the world's.
@@ -41,4 +38,4 @@ def load(
             f"{path} has a vocabulary of {config.vocab_size} words, the world has "
             f"{len(tokenizer)}; make it afresh: {MAKE.format(path=path)}"
         )
-    return params, dataclasses.replace(config, remat=False), tokenizer
+    return params, config, tokenizer
