@@ -1,107 +1,280 @@
-"""The plots of a pipeline, as PNG files: lines and points are means over seeds, bands and bars 95 %
-t-intervals."""
+"""The plots of runs, as PNG files.
+
+Of a pipeline: points are means over seeds, bars and bands 95 % t-intervals, small dots the seeds.
+A missing value is left out. Safe to call from several threads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spark_jax.reports.study import over_seeds
+from spark_jax.reports.study import finite, over_seeds, stage1_scores, stage2_metric
+from spark_jax.training.metrics import read_metrics
 
-# Okabe and Ito's palette: told apart by colour-blind readers.
+# Okabe and Ito's palette, told apart by colour-blind readers. Together with line styles and markers
+# no two of 35 lines look the same, and each style leaves gaps through which a line below is seen.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", (0, (4, 2.5)), (0, (1, 1.5)), (0, (7, 2, 1.5, 2)), (0, (2, 3)))
+MARKERS = "osD^vPX*"
+
+STEP_ACCURACY, OVERALL_ACCURACY = "step verdicts right", "overall verdicts right"
+BY_STEP = {
+    "truth/accuracy": "accuracy of rollouts",
+    "response/length": "response tokens",
+    "policy/entropy": "entropy (nats)",
+}
+# Panels of a single run: title → metrics. A name that ends in "/" stands for all that begin so.
+RUN_PANELS = {
+    "reward": ("reward/mean",),
+    "accuracy": ("truth/accuracy", "eval/accuracy"),
+    "response tokens": ("response/length", "eval/response_length"),
+    "entropy (nats)": ("policy/entropy",),
+    "loss": ("policy/loss", "train/loss"),
+    "gradient norm": ("policy/grad_norm", "train/grad_norm"),
+    "log-prob gap, sampler to scorer": ("policy/logprob_gap_max",),
+    "shares of rollouts": ("format/", "hacking/"),
+}
+NOT_A_SHARE = "hacking/steps_per_response"
+
+_DRAWING = threading.Lock()  # matplotlib's caches of fonts and texts are not made for threads
+
+Panel = Callable[[Any], None]  # draws into the axes it is given
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """One plot per stage, one of SPRO against GRPO, and all of them in one picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {
-        "stage1": _stage1,
-        "stage2": _stage2,
-        "stage3": _stage3,
-        "accuracy_by_step": lambda axes, r: _curve(
-            axes, r, "truth/accuracy", "accuracy of rollouts"
+    """The plots of a pipeline's `study.collect`: one per stage (`stage1.png`, ...), one of all
+    policies by step (`by_step.png`), and all in one picture (`overview.png`)."""
+    stages: dict[str, Panel] = {
+        "stage1": partial(
+            _stage1, methods=results["stage1"], metric="step_accuracy", label=STEP_ACCURACY
         ),
-        "length_by_step": lambda axes, r: _curve(axes, r, "response/length", "response tokens"),
-        "entropy_by_step": lambda axes, r: _curve(axes, r, "policy/entropy", "entropy (nats)"),
+        "stage2": partial(_stage2, methods=results["stage2"]),
+        "stage3": partial(_stage3, arms=results["stage3"]),
     }
-
-    def save(names: Sequence[str], columns: int, name: str) -> Path:
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(5 * columns, 3.8 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
-            panels[panel](axes, results)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", alpha=0.3)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
-        return path
-
-    by_step = ("accuracy_by_step", "length_by_step", "entropy_by_step")
+    by_step: list[Panel] = [
+        partial(_by_step, arms=results["stage3"], metric=metric, label=label)
+        for metric, label in BY_STEP.items()
+    ]
+    seeds = len(results["seeds"])
+    note = f"means over {seeds} seeds, bars: 95 % t-intervals" if seeds > 1 else "one seed"
+    legend = note, list(results["stage3"])
     return [
-        *(save((panel,), 1, panel) for panel in ("stage1", "stage2", "stage3")),
-        save(by_step, 3, "by_step"),
-        save(list(panels), 3, "overview"),
+        *(_save([panel], 1, folder / f"{name}.png") for name, panel in stages.items()),
+        _save(by_step, 3, folder / "by_step.png", legend=legend),
+        _save([*stages.values(), *by_step], 3, folder / "overview.png", legend=legend),
     ]
 
 
-def _stage1(axes: Any, results: Mapping[str, Any]) -> None:
-    for (method, by_count), colour in zip(results["stage1"].items(), COLOURS):
-        counts = [int(n) for n in by_count]
-        scores = [by_count[n]["step_accuracy"] for n in by_count]
-        _line(axes, counts, scores, colour, method)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.set(title="Stage I: verdicts by vote", xlabel="verifications N", ylabel="step accuracy")
-    axes.legend(fontsize=8)
+def stage1_summary(
+    summary: Mapping[str, Any], folder: Path, *, num_samples: int | None = None
+) -> Path:
+    """`stage1.png` of one stage I run: accuracy of step and of overall verdicts by method and N.
+
+    Args:
+        summary: of `generate_verifications`.
+        folder: where to write.
+        num_samples: N of the scores under `methods`; without it they stand at N = "all".
+    """
+    scores = stage1_scores([summary], "all" if num_samples is None else num_samples)
+    panels: list[Panel] = [
+        partial(_stage1, methods=scores, metric="step_accuracy", label=STEP_ACCURACY),
+        partial(_stage1, methods=scores, metric="overall_accuracy", label=OVERALL_ACCURACY),
+    ]
+    return _save(panels, 2, folder / "stage1.png")
 
 
-def _stage2(axes: Any, results: Mapping[str, Any]) -> None:
-    metric = "f1" if any("f1" in s for s in results["stage2"].values()) else "overall_accuracy"
-    scores = {method: s[metric] for method, s in results["stage2"].items() if metric in s}
-    _bars(axes, list(scores), list(scores.values()), COLOURS[0])
-    label = {"f1": "F1, first wrong step", "overall_accuracy": "overall accuracy"}[metric]
-    axes.set(title="Stage II: reward models by their targets", ylabel=label, ylim=(0, 1))
+def training_curves(metrics_path: Path, folder: Path) -> list[Path]:
+    """`training_curves.png` of one run, RL or reward model: its main metrics by step.
+
+    Values that are not finite are left out and counted in the panel's title. Returns no path where
+    the run has none of the metrics.
+    """
+    rows = read_metrics(metrics_path)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    panels: list[Panel] = []
+    for title, wanted in RUN_PANELS.items():
+        series = {
+            name: [(row["step"], finite(row[name])) for row in rows if name in row]
+            for name in names
+            if name.startswith(tuple(w for w in wanted if w.endswith("/"))) or name in wanted
+            if name != NOT_A_SHARE
+        }
+        if series:
+            panels.append(partial(_run_panel, title=title, series=series))
+    if not panels:
+        return []
+    columns = min(len(panels), 4)
+    return [_save(panels, columns, folder / "training_curves.png", size=(3.6, 2.7))]
 
 
-def _stage3(axes: Any, results: Mapping[str, Any]) -> None:
-    arms = results["stage3"]
-    before = next(iter(arms.values()))["before"]
-    scores = [before, *(arm["after"] for arm in arms.values())]
-    _bars(axes, ["before", *arms], scores, COLOURS[2])
-    axes.set(title="Stage III: policies", ylabel="accuracy, held-out", ylim=(0, 1))
+def _save(
+    panels: Sequence[Panel],
+    columns: int,
+    path: Path,
+    *,
+    size: tuple[float, float] = (5.0, 3.8),
+    legend: tuple[str, Sequence[str]] | None = None,
+) -> Path:
+    """Panels in rows of `columns`, each of `size` inches; below them title and names of a legend
+    of lines."""
+    with _DRAWING:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        rows = math.ceil(len(panels) / columns)
+        height = size[1] * rows + (0.6 if legend else 0)
+        figure = Figure(figsize=(size[0] * columns, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, panel in zip(all_axes, panels):
+            panel(axes)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.3)
+        for axes in all_axes[len(panels) :]:
+            axes.remove()
+        if legend:
+            title, names = legend
+            handles = [Line2D([], [], label=name, **_style(i)) for i, name in enumerate(names)]
+            figure.legend(
+                handles=handles,
+                title=title,
+                loc="outside lower center",
+                ncols=max(1, min(len(names), 2 * columns)),
+                handlelength=3.5,
+                frameon=False,
+            )
+        figure.savefig(path, dpi=110)
+    return path
 
 
-def _curve(axes: Any, results: Mapping[str, Any], metric: str, label: str) -> None:
-    for (arm, scores), colour in zip(results["stage3"].items(), COLOURS):
-        if metric in scores["curves"]:
-            curve = scores["curves"][metric]
-            points = [over_seeds(list(column)) for column in np.transpose(curve["values"])]
-            _line(axes, curve["step"], points, colour, arm)
-    axes.set(title=f"RL: {label}", xlabel="step", ylabel=label)
-    if metric == "truth/accuracy":
-        axes.legend(fontsize=7)
+def _stage1(axes: Any, methods: Mapping[str, Any], metric: str, label: str) -> None:
+    counts = list(dict.fromkeys(n for by_count in methods.values() for n in by_count))
+    counts.sort(key=lambda n: int(n) if n.isdecimal() else math.inf)
+    width = 0.2  # methods stand side by side, or their intervals would hide each other
+    for i, (method, by_count) in enumerate(methods.items()):
+        shift = width * (i / max(len(methods) - 1, 1) - 0.5)
+        x = np.array([counts.index(n) for n in by_count]) + shift
+        scores = [scores[metric] for scores in by_count.values()]
+        estimates, low, high = _bounds(scores)
+        if not np.isfinite(estimates).any():
+            continue
+        axes.plot(x, estimates, label=method, **_style(i))
+        axes.vlines(x, low, high, color=_style(i)["color"], alpha=0.6)
+    axes.set_xticks(range(len(counts)), counts)
+    axes.set(title="Stage I: verdicts by vote", xlabel="verifications N", ylabel=label)
+    if axes.lines:
+        axes.set_xlim(-0.4, len(counts) - 0.6)
+        axes.legend(fontsize=8, handlelength=3.5)
+    else:
+        _nothing(axes, "no ground truth")
 
 
-def _line(axes: Any, x: Sequence[float], scores: Sequence[Any], colour: str, label: str) -> None:
-    axes.plot(x, [s["estimate"] for s in scores], color=colour, label=label, marker=".")
-    if scores[0]["low"] is not None:
-        low, high = [s["low"] for s in scores], [s["high"] for s in scores]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+def _stage2(axes: Any, methods: Mapping[str, Any]) -> None:
+    metric = stage2_metric(methods)
+    _bars(axes, {name: scores[metric] for name, scores in methods.items()}, [COLOURS[0]])
+    label = {"f1": "F1, first wrong step", "overall_accuracy": "overall verdicts right"}[metric]
+    axes.set(title="Stage II: reward models by their targets", ylabel=label)
 
 
-def _bars(axes: Any, names: Sequence[str], scores: Sequence[Any], colour: str) -> None:
-    estimates = [s["estimate"] for s in scores]
-    axes.bar(names, estimates, color=colour, alpha=0.8)
-    if scores[0]["low"] is not None:
-        errors = [[e - s["low"], s["high"] - e] for e, s in zip(estimates, scores)]
-        axes.errorbar(names, estimates, np.transpose(errors), fmt="none", color="black", capsize=3)
-    for i, score in enumerate(scores):  # every seed as a dot
-        axes.plot([i] * len(score["per_seed"]), score["per_seed"], ".", color="black", markersize=4)
-    axes.tick_params(axis="x", labelrotation=20, labelsize=8)
+def _stage3(axes: Any, arms: Mapping[str, Any]) -> None:
+    """In the colours of the lines by step."""
+    bars = {name: arm["after"] for name, arm in arms.items()}
+    if arms:
+        bars = {"before": next(iter(arms.values()))["before"], **bars}
+    _bars(axes, bars, ["#888888", *(_style(i)["color"] for i in range(len(arms)))])
+    axes.set(title="Stage III: policies", ylabel="accuracy, held-out")
+
+
+def _by_step(axes: Any, arms: Mapping[str, Any], metric: str, label: str) -> None:
+    for i, scores in enumerate(arms.values()):
+        if metric not in scores["curves"]:
+            continue
+        curve = scores["curves"][metric]
+        points = [over_seeds(column) for column in zip(*curve["values"], strict=True)]
+        estimates, low, high = _bounds(points)
+        steps = np.array(curve["step"])
+        # Bands of runs alike would make one grey: intervals stand at every few steps, in turn.
+        every = max(len(steps) // 5, len(arms))
+        marked = slice(i % len(steps), None, every)
+        style = _style(i)
+        axes.plot(steps, estimates, markevery=marked, **style)
+        axes.vlines(steps[marked], low[marked], high[marked], color=style["color"], alpha=0.6)
+    _step_axis(axes)
+    axes.set(title=f"RL: {label}", ylabel=label)
+    if not axes.lines:
+        _nothing(axes, "no runs")
+
+
+def _run_panel(axes: Any, title: str, series: Mapping[str, Sequence[tuple[int, Any]]]) -> None:
+    """Lines of one run; `series` are (step, value or None)."""
+    missing = 0
+    for i, (name, points) in enumerate(series.items()):
+        kept = [(step, value) for step, value in points if value is not None]
+        missing += len(points) - len(kept)
+        style = _style(i) | {"marker": "" if len(kept) > 30 else ".", "linewidth": 1.4}
+        axes.plot([step for step, _ in kept], [value for _, value in kept], label=name, **style)
+    title = title if len(series) > 1 else next(iter(series))
+    axes.set_title(f"{title} ({missing} not finite)" if missing else title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    if len(series) > 1:
+        axes.legend(fontsize=7, framealpha=0.6)
+    _step_axis(axes)
+
+
+def _bars(axes: Any, scores: Mapping[str, Any], colours: Sequence[str]) -> None:
+    """A bar and its number for each score in [0, 1], with its interval and every seed as a dot."""
+    estimates, low, high = _bounds(list(scores.values()))
+    positions = np.arange(len(scores))
+    axes.bar(positions, estimates, color=list(colours), alpha=0.8)
+    axes.vlines(positions, low, high, color="black")
+    for x, score in enumerate(scores.values()):
+        seeds = [value for value in score["per_seed"] if value is not None]
+        axes.plot([x] * len(seeds), seeds, ".", color="black", markersize=4)
+        text = "–" if score["estimate"] is None else f"{score['estimate']:.2f}"
+        ground = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1}
+        axes.text(x, 0.03, text, ha="center", fontsize=9, bbox=ground)
+    axes.set_xticks(positions, list(scores), rotation=30, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", labelsize=9)
+    axes.set_ylim(0, 1.02)
+    if not scores:
+        _nothing(axes, "no runs")
+
+
+def _bounds(scores: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimates, lower and upper bounds, nan where missing: matplotlib leaves nan out."""
+    estimates, low, high = (
+        np.array([score[key] for score in scores], float) for key in ("estimate", "low", "high")
+    )
+    return estimates, low, high
+
+
+def _style(i: int) -> dict[str, Any]:
+    """How the i-th line looks. Solid lines are broad, so that broken ones show on top of them."""
+    line = i % len(LINES)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": LINES[line],
+        "linewidth": 1.7 if line else 4.0,
+        "marker": MARKERS[i % len(MARKERS)],
+        "markersize": 5,
+        "zorder": 3 if line else 2,
+    }
+
+
+def _step_axis(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlabel("step")
+
+
+def _nothing(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="gray")

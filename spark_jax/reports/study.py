@@ -1,19 +1,27 @@
-"""What the runs of a pipeline found, with intervals over seeds: from run folders to one record."""
+"""What the runs of a pipeline found, with intervals over seeds: from run folders to one record.
+
+A value that a run does not have (a rate with nothing to divide by, F1 without one of its classes)
+is None in the record, and what is made of the seeds says how many of them it rests on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spark_jax.evaluation.intervals import t_interval
+from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
 from spark_jax.training.metrics import read_metrics
+from spark_jax.verification.aggregate import AGGREGATIONS
 
 STAGE1_METRICS = ("step_accuracy", "overall_accuracy", "derived_outcome_accuracy")
+STAGE2_METRICS = ("f1", "error_acc", "correct_acc", "overall_accuracy")
 CURVES = (
     "eval/accuracy",
     "eval/response_length",
@@ -45,116 +53,184 @@ def collect(
 ) -> dict[str, Any]:
     """The summary of a pipeline: estimates with 95 % t-intervals over seeds, and all seeds' values.
 
-    Keys: `seeds`; `stage1` (method → N → metric); `verifier` (detection rate and warnings);
-    `stage2` (method → scores); `stage3` (arm → accuracy before and after, and curves);
-    `differences` (claims as paired differences over seeds).
+    Keys: `seeds`; `task`; `stage1` (method → N → metric, the last N being all samples of a
+    solution); `verifier` (detection rate and warnings); `stage2` (method → scores); `stage3` (arm →
+    accuracy before and after, and curves), arms with a reward model first, else in the order given;
+    `differences` (claims as paired differences over seeds, in stage III of the first arm against
+    each other). Every estimate is as `over_seeds` gives it.
     """
-    stage1 = [_summary(path / folders.stage1(seed)) for seed in seeds]
-    stage2 = {m: [_summary(path / folders.prm(seed, m)) for seed in seeds] for m in methods}
-    curves = {arm: _curves([path / folders.rl(seed, arm) for seed in seeds]) for arm in arms}
+    stage1 = [_read(path / folders.stage1(seed) / "summary.json") for seed in seeds]
+    stage1_config = _read(path / folders.stage1(seeds[0]) / "config.json")
+    stage2 = {
+        m: [_read(path / folders.prm(seed, m) / "summary.json") for seed in seeds] for m in methods
+    }
+    runs = {arm: [path / folders.rl(seed, arm) for seed in seeds] for arm in arms}
     results: dict[str, Any] = {
         "seeds": list(seeds),
-        "stage1": _stage1(stage1),
+        "task": stage1_config["task"],
+        "stage1": stage1_scores(stage1, stage1_config["verify"]["samples_per_solution"]),
         "verifier": _verifier(stage1),
-        "stage2": {method: _stage2(runs) for method, runs in stage2.items()},
-        "stage3": {arm: _stage3(curve) for arm, curve in curves.items()},
+        "stage2": {method: _stage2(summaries) for method, summaries in stage2.items()},
+        "stage3": {arm: _stage3(_curves(runs[arm])) for arm in _judged_first(runs)},
     }
     results["differences"] = _differences(results)
     return results
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean with its 95 % t-interval; `low` and `high` are None for a single seed."""
-    if len(values) < 2:
-        return {"estimate": values[0], "low": None, "high": None, "per_seed": list(values)}
-    return {**dataclasses.asdict(t_interval(np.asarray(values))), "per_seed": list(values)}
+def over_seeds(values: Sequence[Any]) -> dict[str, Any]:
+    """Mean with its 95 % t-interval over the seeds that have a value.
+
+    A missing value is None, not finite, or what `RunFolder.write_summary` makes of that ("nan").
+
+    Returns:
+        estimate: None where no seed has a value; low, high: None for fewer than two of them;
+        num_seeds: how many the estimate rests on; per_seed: every seed's value, None if missing.
+    """
+    per_seed = [finite(value) for value in values]
+    present = [value for value in per_seed if value is not None]
+    found: dict[str, Any] = {"estimate": present[0] if present else None, "low": None, "high": None}
+    if len(present) > 1:
+        found = dataclasses.asdict(t_interval(np.array(present)))
+    return {**found, "num_seeds": len(present), "per_seed": per_seed}
 
 
-def _stage1(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """method → N → metric → estimate over seeds."""
-    counts = list(runs[0]["by_sample_count"])
-    methods = list(runs[0]["by_sample_count"][counts[0]]) if counts else []
+def finite(value: Any) -> float | None:
+    """The value as a finite number, or None for one that is missing (see `over_seeds`)."""
+    if value is None or not math.isfinite(number := float(value)):
+        return None
+    return number
+
+
+def stage1_scores(
+    summaries: Sequence[Mapping[str, Any]], num_samples: int | str
+) -> dict[str, dict[str, Any]]:
+    """method → N → metric → estimate over seeds, N increasing.
+
+    A summary's `methods` are the scores of all `num_samples` verifications. Only methods that do no
+    more than vote have scores for fewer (`by_sample_count`); a critique is made of one choice.
+    """
+    reports = [
+        {**summary["by_sample_count"], str(num_samples): summary["methods"]}
+        for summary in summaries
+    ]
+    counts = sorted(reports[0], key=lambda n: int(n) if n.isdecimal() else math.inf)
     return {
         method: {
             n: {
-                metric: over_seeds([run["by_sample_count"][n][method][metric] for run in runs])
+                metric: over_seeds([report[n][method][metric] for report in reports])
                 for metric in STAGE1_METRICS
             }
             for n in counts
+            if method in reports[0][n]
         }
-        for method in methods
+        for method in summaries[0]["methods"]
     }
+
+
+def stage2_metric(stage2: Mapping[str, Mapping[str, Any]]) -> str:
+    """What compares all reward models: F1 where every one of them has it (an ORM has not)."""
+    every = all("f1" in scores and scores["f1"]["num_seeds"] for scores in stage2.values())
+    return "f1" if every else "overall_accuracy"
 
 
 def _verifier(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How often single samples see an error; voting needs more than one half."""
-    reports = [next(iter(run["methods"].values())) for run in runs]
+    """How often single samples, made without a reference, see an error."""
+    reports: list[Mapping[str, Any]] = [
+        next((r for m, r in run["methods"].items() if not AGGREGATIONS[m].reference), {})
+        for run in runs
+    ]
     return {
-        "detection_rate": over_seeds([report["detection_rate"] for report in reports]),
-        "validity_rate": over_seeds([report["validity_rate"] for report in reports]),
-        "warnings": sorted({r["warning"] for r in reports if r["warning"]}),
+        "detection_rate": over_seeds([report.get("detection_rate") for report in reports]),
+        "validity_rate": over_seeds([report.get("validity_rate") for report in reports]),
+        "warnings": sorted({r["warning"] for r in reports if r.get("warning")}),
     }
 
 
-def _stage2(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    scores = [run.get("held_out", run) for run in runs]
-    flat = [
-        {**score, "overall_accuracy": score["overall_accuracy"]["estimate"]} for score in scores
-    ]
-    names = [n for n in ("f1", "error_acc", "correct_acc", "overall_accuracy") if n in flat[0]]
-    return {name: over_seeds([score[name] for score in flat]) for name in names}
+def _stage2(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """metric → estimate over seeds; a trained model's scores stand under `held_out`."""
+    scores = [summary.get("held_out", summary) for summary in summaries]
+    flat = [{**s, "overall_accuracy": s["overall_accuracy"]["estimate"]} for s in scores]
+    names = [name for name in STAGE2_METRICS if any(name in score for score in flat)]
+    return {name: over_seeds([score.get(name) for score in flat]) for name in names}
+
+
+def _judged_first(runs: Mapping[str, Sequence[Path]]) -> list[str]:
+    """The arms, those with a reward model first: a ConfigDict hands out its keys by the alphabet,
+    and what is to be compared with the rest must not hang on a name."""
+    rewards = {
+        arm: _read(folders[0] / "config.json")["rl"]["reward"] for arm, folders in runs.items()
+    }
+    return sorted(runs, key=lambda arm: rewards[arm] not in REWARDS_THAT_JUDGE)
 
 
 def _curves(folders: Sequence[Path]) -> dict[str, Any]:
-    """metric → {"step": [...], "values": [seed][step]} for the steps at which it was measured."""
+    """metric → {"step": [...], "values": [seed][step]} for the steps at which any run has it."""
     runs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
     curves = {}
     for metric in CURVES:
-        series = [{row["step"]: row[metric] for row in run if metric in row} for run in runs]
-        steps = sorted(set.intersection(*(set(s) for s in series)))
+        series = [
+            {row["step"]: finite(row[metric]) for row in run if metric in row} for run in runs
+        ]
+        steps = sorted(set().union(*series))
         if steps:
             curves[metric] = {
                 "step": steps,
-                "values": [[one[step] for step in steps] for one in series],
+                "values": [[one.get(step) for step in steps] for one in series],
             }
     return curves
 
 
 def _stage3(curves: dict[str, Any]) -> dict[str, Any]:
-    accuracy = np.asarray(curves["eval/accuracy"]["values"])
+    accuracy = curves["eval/accuracy"]["values"]
+    before, after = [one[0] for one in accuracy], [one[-1] for one in accuracy]
     return {
-        "before": over_seeds(accuracy[:, 0].tolist()),
-        "after": over_seeds(accuracy[:, -1].tolist()),
-        "gain": over_seeds((accuracy[:, -1] - accuracy[:, 0]).tolist()),
+        "before": over_seeds(before),
+        "after": over_seeds(after),
+        "gain": over_seeds(_paired(after, before)),
         "curves": curves,
     }
 
 
 def _differences(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The claims: what beats what, by how much, paired by seed. Only those whose runs are there."""
-    claims: dict[str, tuple[Any, Any]] = {}
-    stage1, stage2, stage3 = results["stage1"], results["stage2"], results["stage3"]
-    if {"single", "outcome_consistency", "step_consistency"} <= stage1.keys():
-        n = list(stage1["single"])[-1]
-        step = stage1["step_consistency"][n]["step_accuracy"]
-        for other in ("single", "outcome_consistency"):
-            claim = f"I: step accuracy, step_consistency - {other}, N={n}"
-            claims[claim] = (step, stage1[other][n]["step_accuracy"])
-    for other in ("base", "single", "outcome_consistency"):
-        if {"step_consistency", other} <= stage2.keys() and "f1" in stage2["step_consistency"]:
-            pair = stage2["step_consistency"]["f1"], stage2[other]["f1"]
-            claims[f"II: F1, step_consistency - {other}"] = pair
-    for arm, scores in stage3.items():
-        claims[f"III: accuracy, {arm}, after - before"] = (scores["after"], scores["before"])
-    names = list(stage3)
-    for other in names[1:]:
-        pair = stage3[names[0]]["after"], stage3[other]["after"]
-        claims[f"III: accuracy, {names[0]} - {other}"] = pair
+    """claim → difference over seeds, with its `stage`, the `metric` and the `pair` compared."""
     return {
-        claim: over_seeds(np.subtract(a["per_seed"], b["per_seed"]).tolist())
-        for claim, (a, b) in claims.items()
+        f"{stage}: {metric}, {pair}": {
+            "stage": stage,
+            "metric": metric,
+            "pair": pair,
+            **over_seeds(_paired(a["per_seed"], b["per_seed"])),
+        }
+        for stage, metric, pair, a, b in _claims(results)
     }
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
+def _claims(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any, Any]]:
+    """What beats what: (stage, metric, pair, the one, the other). Only of runs that are there."""
+    stage1, stage2, stage3 = results["stage1"], results["stage2"], results["stage3"]
+    ours = "step_consistency"
+    if ours in stage1:
+        n = list(stage1[ours])[-1]
+        for other in [method for method in stage1 if method != ours]:
+            one, two = stage1[ours][n]["step_accuracy"], stage1[other][n]["step_accuracy"]
+            yield "I", f"step accuracy, N={n}", f"{ours} - {other}", one, two
+    if ours in stage2:
+        metric = stage2_metric(stage2)
+        name = {"f1": "F1", "overall_accuracy": "overall accuracy"}[metric]
+        for other in [method for method in stage2 if method != ours]:
+            yield "II", name, f"{ours} - {other}", stage2[ours][metric], stage2[other][metric]
+    for arm, scores in stage3.items():
+        yield "III", "accuracy", f"{arm}, after - before", scores["after"], scores["before"]
+    first, *others = stage3 or [None]
+    for other in others:
+        one, two = stage3[first]["after"], stage3[other]["after"]
+        yield "III", "accuracy", f"{first} - {other}", one, two
+
+
+def _paired(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
+    """Seed by seed; missing where either is."""
+    pairs = zip(first, second, strict=True)
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
