@@ -55,7 +55,7 @@ def linear_logprob_and_entropy(
 
 def _xla(hidden: Array, vocab_matrix: Array, targets: Array, block: int) -> LogProbs:
     n, width = hidden.shape
-    block = min(block, n)
+    block = max(1, min(block, n))  # no tokens: no blocks, and empty arrays
     padding = -n % block
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, block, width)
     targets = jnp.pad(targets, (0, padding)).reshape(-1, block)

@@ -198,6 +198,9 @@ def prime(
     """
     mask = mask.astype(bool)
     rewards_per_token = beta * jnp.where(mask, prm_logprobs - ref_logprobs, 0.0)
+    # The equation does not change when all of a group's p move together; centred, equal ones are 0.
+    groups, tokens = _in_groups(rewards_per_token, group_size), _in_groups(mask, group_size)
+    rewards_per_token = _centred(groups, tokens, axes=(1, 2))[0].reshape(mask.shape)
     lengths = _in_groups(jnp.sum(mask, axis=1), group_size)
     means = _in_groups(jnp.sum(rewards_per_token, axis=1), group_size) / jnp.maximum(lengths, 1)
     present = lengths > 0
@@ -453,13 +456,11 @@ def _need(inputs: AdvantageInputs, field: str) -> Any:
 # - "global_step" is the whole: outcome_weight · GRPO + process_weight · process part;
 # - "masked_step" is "spro" without its outcome term; both take num_steps (default: the verdicts' K)
 #   for granularity="step";
-# - "prime" takes the policy itself as the implicit reward model (no third model is scored);
-# - "dapo" and "gspo" have GRPO's advantage: what is theirs is in the loss (asymmetric clip with
-#   token_mean and dynamic sampling; the sequence's importance ratio).
+# - "prime" takes the policy itself as the implicit reward model (no third model is scored).
+# DAPO and GSPO are no advantages: theirs is GRPO's, and what is their own are settings of the loss
+# (an asymmetric clip and dynamic sampling; the sequence's importance ratio).
 ADVANTAGES: dict[str, Callable[..., Array]] = {
     "grpo": _grpo_entry,
-    "dapo": _grpo_entry,
-    "gspo": _grpo_entry,
     "dr_grpo": _dr_grpo_entry,
     "rloo": _rloo_entry,
     "reinforce++": _reinforce_plus_plus_entry,

@@ -12,7 +12,6 @@ micro-batch its rows (`weights=`), and the losses and gradients sum to those of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ def policy_gradient(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     aggregation: str = "token_mean",
-    importance: Literal["token", "sequence"] = "token",
+    importance: str = "token",
     max_length: int | None = None,
     weights: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -63,7 +62,7 @@ def policy_gradient(
     if importance == "sequence":
         log_ratio = _sequence_log_ratio(log_ratio, mask)
     elif importance != "token":
-        raise ValueError(f'importance must be "token" or "sequence", got {importance!r}')
+        raise ValueError(f"importance={importance!r} is unknown; choose from {list(IMPORTANCES)}")
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = -jnp.sum(weights * jnp.minimum(ratio * advantages, clipped * advantages))
@@ -94,7 +93,7 @@ def policy_objective(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     aggregation: str = "token_mean",
-    importance: Literal["token", "sequence"] = "token",
+    importance: str = "token",
     max_length: int | None = None,
     weights: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -231,6 +230,8 @@ def _sequence_sum_const_weights(
     sequences = jnp.sum(jnp.any(mask > 0, axis=1))
     return mask / constant / jnp.maximum(sequences, 1)
 
+
+IMPORTANCES = ("token", "sequence")
 
 AGGREGATIONS: dict[str, Callable[[Array, int | None], Array]] = {
     "token_mean": _token_mean_weights,

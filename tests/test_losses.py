@@ -363,6 +363,8 @@ def test_bad_options_are_refused_by_name():
         policy_gradient(data, aggregation="tokens")
     with pytest.raises(ValueError, match=r"pass max_length"):
         policy_gradient(data, aggregation="sequence_sum_const")
+    with pytest.raises(ValueError, match=r"importance='sequnce'.*token.*sequence"):
+        policy_gradient(data, importance="sequnce")
     with pytest.raises(ValueError, match=r"KL estimator must be one of .*'k4'"):
         losses.kl(data["logprobs"], data["ref"], estimator="k4")
     base = (data["logprobs"], data["old"], data["advantages"], data["mask"])

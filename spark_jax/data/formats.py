@@ -31,10 +31,11 @@ class TextFormat:
         critique_prompt: (problem, solution_text, verification_text) -> prompt.
         merge_prompt: (problem, solution_text, verification_text, critique_text) -> prompt.
         parse_verification: (text, num_steps) -> Verification, or ParseFailure; never raises.
+            `num_steps` None: whatever number of steps the text holds.
         reward_prompt: (kind, problem, solution_text) -> prompt of the reward model.
         reward_target: (kind, verification) -> the text a reward model is trained to give.
-        parse_judgement: (kind, text, num_steps) -> Verification, or ParseFailure; never raises. An
-            ORM gives no step verdicts: `verdicts == ()`.
+        parse_judgement: (kind, text, num_steps or None) -> Verification, or ParseFailure; never
+            raises. An ORM gives no step verdicts: `verdicts == ()`.
         verdict_words: the two words at the overall-verdict position, (yes, no), for soft scores.
     """
 
@@ -46,10 +47,10 @@ class TextFormat:
     verify_prompt: Callable[[Problem, str, str | None], str]
     critique_prompt: Callable[[Problem, str, str], str]
     merge_prompt: Callable[[Problem, str, str, str], str]
-    parse_verification: Callable[[str, int], Verification | ParseFailure]
+    parse_verification: Callable[[str, int | None], Verification | ParseFailure]
     reward_prompt: Callable[[RewardKind, Problem, str], str]
     reward_target: Callable[[RewardKind, Verification], str]
-    parse_judgement: Callable[[RewardKind, str, int], Verification | ParseFailure]
+    parse_judgement: Callable[[RewardKind, str, int | None], Verification | ParseFailure]
     verdict_words: tuple[str, str] = ("Yes", "No")
 
 

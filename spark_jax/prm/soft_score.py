@@ -31,12 +31,12 @@ def soft_verdict(
 def verdict_texts(text_format: TextFormat, judgement: str) -> tuple[str, str]:
     """A judgement up to its verdict word, ended by each of the two words: (yes text, no text).
 
-    The judgement must end with its verdict, markup aside; for an ORM that is all there is. Raises
-    ValueError if it does not.
+    The judgement must end with its verdict, markup and case aside; for an ORM that is all there is.
+    Raises ValueError if it does not.
     """
     yes, no = text_format.verdict_words
     words = "|".join(re.escape(word) for word in (yes, no))
-    verdict = re.search(rf"(?<!\w)(?:{words})\W*$", judgement)
+    verdict = re.search(rf"(?<![^\W_])(?:{words})[\W_]*$", judgement, re.IGNORECASE)
     if verdict is None:
         raise ValueError(f"the judgement does not end with {yes!r} or {no!r}: {judgement!r}")
     before = judgement[: verdict.start()]
@@ -77,7 +77,8 @@ def soft_scores(
     tokens = np.full((len(sequences), width), tokenizer.pad_token_id, dtype=np.int32)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence
-    logprobs = np.asarray(token_logprobs(tokens))
+    # In float32 the share of Yes would be 1 for all that are surer than 1 - 6e-8.
+    logprobs = np.asarray(token_logprobs(tokens), np.float64)
     at_verdict = logprobs[np.arange(len(sequences)), np.tile(positions, 2) - 1]
     yes_logprob, no_logprob = np.split(at_verdict, 2)
     return soft_verdict(yes_logprob, no_logprob)

@@ -105,13 +105,13 @@ def canonical_target(kind: RewardKind, verification: Verification) -> str:
 
 
 def parse_canonical_judgement(
-    kind: RewardKind, text: str, num_steps: int
+    kind: RewardKind, text: str, num_steps: int | None
 ) -> Verification | ParseFailure:
     """Read a reward model's judgement; never raises on any text.
 
     An ORM must say Yes or No and nothing else; its `verdicts` are (). A PRM must give one line a
     step, numbered from 1 in order, and one overall line after them. A PRM-CoT is read as a
-    verification.
+    verification. `num_steps` None takes whatever number of steps the judgement has.
     """
     return _CANONICAL_PARSERS[kind](text, num_steps)
 
@@ -138,14 +138,14 @@ _STEP_LINE = re.compile(
 )
 
 
-def _parse_orm(text: str, num_steps: int) -> Verification | ParseFailure:
+def _parse_orm(text: str, num_steps: int | None) -> Verification | ParseFailure:
     match = _ORM.fullmatch(text)
     if match is None:
         return ParseFailure("not_yes_or_no", text)
     return Verification(text, (), match[1].lower() == "yes")
 
 
-def _parse_prm(text: str, num_steps: int) -> Verification | ParseFailure:
+def _parse_prm(text: str, num_steps: int | None) -> Verification | ParseFailure:
     """Failure reasons are those of `verification.parse.PARSE_FAILURES`."""
     lines = text.split("\n")
     steps = [(i, match) for i, line in enumerate(lines) if (match := _STEP_LINE.fullmatch(line))]
@@ -156,11 +156,9 @@ def _parse_prm(text: str, num_steps: int) -> Verification | ParseFailure:
     ]
     if len(overalls) != 1:
         return ParseFailure("several_overalls" if overalls else "missing_overall", text)
-    if not steps and num_steps > 0:
-        return ParseFailure("no_steps", text)
-    if len(steps) != num_steps:
-        return ParseFailure("step_count_mismatch", text)
-    if [int(match[1]) for _, match in steps] != list(range(1, num_steps + 1)):
+    if num_steps is not None and len(steps) != num_steps:
+        return ParseFailure("step_count_mismatch" if steps else "no_steps", text)
+    if [int(match[1]) for _, match in steps] != list(range(1, len(steps) + 1)):
         return ParseFailure("steps_out_of_order", text)
     if steps and steps[-1][0] > overalls[0][0]:
         return ParseFailure("steps_after_overall", text)

@@ -1,7 +1,8 @@
 """Rewards from a generative reward model (SPARK, arXiv 2512.03244; method page, section 3).
 
-`judge` asks the reward model, `REWARDS` turns judgements into r per response. No function here can
-see a reference answer: the reward model is shown the problem without it.
+`judge` asks the reward model about responses in training (`ask` about any text), `REWARDS` turns
+judgements into r per response. No function here can see a reference answer: the reward model is
+shown the problem without it.
 """
 
 from __future__ import annotations
@@ -132,16 +133,16 @@ def judge(
     if len(problems) != len(responses):
         raise ValueError(f"judge: {len(problems)} problems for {len(responses)} responses")
     kept = np.array([format_ok(text, checks) for text in responses], bool)
-    num_steps = np.array([len(format.split_steps(text)) for text in responses], np.int32)
-    called = [b for b, ok in enumerate(kept) if ok and sample is not None]
-    prompts = [
-        format.reward_prompt(kind, _without_reference(problems[b]), valid_part(responses[b]))
-        for b in called
-    ]
-    texts = _sample_greedily(sample, prompts, settings, seed) if sample else []
+    shown = [valid_part(text) for text in responses]
+    num_steps = np.array([len(format.split_steps(text)) for text in shown], np.int32)
     judgements = [Judgement(kind, int(steps), False, (), NOT_CALLED) for steps in num_steps]
-    for b, text in zip(called, texts):
-        judgements[b] = _read(format, kind, text, int(num_steps[b]))
+    if sample is not None:
+        called = np.flatnonzero(kept).tolist()
+        greedy = dataclasses.replace(settings, greedy=True)
+        asked_about = [problems[b] for b in called]
+        given = ask(sample, format, asked_about, [shown[b] for b in called], kind, greedy, seed)
+        for b, (judgement,) in zip(called, given, strict=True):
+            judgements[b] = judgement
     metrics = format_metrics(responses, format.split_steps, step_limits) if responses else {}
     return Judged(
         tuple(judgements),
@@ -150,6 +151,43 @@ def judge(
         kept,
         metrics | judgement_metrics(judgements),
     )
+
+
+def ask(
+    sample: Sample,
+    format: TextFormat,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    kind: RewardKind,
+    settings: SamplingSettings,
+    seed: int,
+    *,
+    votes: int = 1,
+) -> list[tuple[Judgement, ...]]:
+    """`votes` judgements of each text, sampled as `settings` say, whatever the text's format.
+
+    The reward model sees the text as it stands (cut it with `format.valid_part` first) and the
+    problem, `problems[b]` for `texts[b]`, without its reference. It is not called for no texts.
+
+    Raises ValueError if `sample` does not give `votes` texts per prompt.
+    """
+    prompts = [
+        format.reward_prompt(kind, _without_reference(problem), text)
+        for problem, text in zip(problems, texts, strict=True)
+    ]
+    if not prompts:
+        return []
+    samples = sample(prompts, samples_per_prompt=votes, settings=settings, seed=seed)
+    given = [len(group) for group in samples]
+    if given != [votes] * len(prompts):
+        raise ValueError(
+            f"sample gave {given} texts for {len(prompts)} prompts; votes={votes} were asked for "
+            "of each"
+        )
+    return [
+        tuple(_read(format, kind, said.text, len(format.split_steps(text))) for said in group)
+        for text, group in zip(texts, samples, strict=True)
+    ]
 
 
 def verdict_matrix(
@@ -235,34 +273,9 @@ def _without_reference(problem: Problem) -> Problem:
     return dataclasses.replace(problem, answer=None)
 
 
-def _sample_greedily(
-    sample: Sample, prompts: Sequence[str], settings: SamplingSettings, seed: int
-) -> list[str]:
-    if not prompts:
-        return []
-    greedy = dataclasses.replace(settings, greedy=True)
-    samples = sample(prompts, samples_per_prompt=1, settings=greedy, seed=seed)
-    if [len(texts) for texts in samples] != [1] * len(prompts):
-        raise ValueError(
-            f"sample gave {[len(texts) for texts in samples]} texts for {len(prompts)} prompts; "
-            "one each was asked for"
-        )
-    return [texts[0].text for texts in samples]
-
-
-_COUNT_FAILURES = ("step_count_mismatch", "no_steps")
-_MOST_OTHER_STEPS = 100  # judgements of more steps than this are unparseable
-
-
 def _read(format: TextFormat, kind: RewardKind, text: str, num_steps: int) -> Judgement:
-    parsed = format.parse_judgement(kind, text, num_steps)
-    if isinstance(parsed, ParseFailure) and parsed.reason in _COUNT_FAILURES:
-        # Sound for another number of steps? Nearest numbers first.
-        for other in sorted(range(_MOST_OTHER_STEPS + 1), key=lambda n: abs(n - num_steps)):
-            attempt = format.parse_judgement(kind, text, other)
-            if not isinstance(attempt, ParseFailure):
-                parsed = attempt
-                break
+    """Parsed once, whatever its number of steps; `Judgement` compares that with `num_steps`."""
+    parsed = format.parse_judgement(kind, text, None)
     if isinstance(parsed, ParseFailure):
         return Judgement(kind, num_steps, False, (), parsed.reason, text)
     return Judgement(kind, num_steps, parsed.overall, parsed.verdicts, None, text)

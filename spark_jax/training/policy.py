@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Objective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     aggregation: str = "token_mean"
-    importance: Literal["token", "sequence"] = "token"
+    importance: str = "token"
     kl_coefficient: float = 0.0
     kl_estimator: str = "k3"
     entropy_coefficient: float = 0.0

@@ -37,13 +37,14 @@ PARSE_FAILURES = {
 }
 
 
-def parse_verification(text: str, num_steps: int) -> Verification | ParseFailure:
+def parse_verification(text: str, num_steps: int | None) -> Verification | ParseFailure:
     """Read one verification of a solution with `num_steps` steps. Never raises on any text.
 
-    Valid are texts with exactly `num_steps` headings `## Step k: ...` numbered from 1 in order, one
-    verdict in each, and exactly one overall verdict after them. A verdict counts where it is bold,
-    or alone on its line. Text before the last `</think>` is the model's own deliberation and is not
-    read. A failure's reason is a key of `PARSE_FAILURES`, the first that applies.
+    Valid are texts with exactly `num_steps` headings `## Step k: ...` (any number of them if that
+    is None) numbered from 1 in order, one verdict in each, and exactly one overall verdict after
+    them. A verdict counts where it is bold, or alone on its line. Text before the last `</think>`
+    is the model's own deliberation and is not read. A failure's reason is a key of
+    `PARSE_FAILURES`, the first that applies.
     """
     body = _after_thinking(text)
     if body is None:
@@ -169,16 +170,14 @@ def _verdicts_in(line: str) -> list[int]:
     return [int(word.lower() == "correct") for word in words]
 
 
-def _structure_failure(parts: Sequence[_Part], num_steps: int) -> str | None:
+def _structure_failure(parts: Sequence[_Part], num_steps: int | None) -> str | None:
     overalls = [i for i, part in enumerate(parts) if part.kind == "overall"]
     if len(overalls) != 1:
         return "several_overalls" if overalls else "missing_overall"
     numbers = [part.value for part in parts if part.kind == "step"]
-    if not numbers and num_steps > 0:
-        return "no_steps"
-    if len(numbers) != num_steps:
-        return "step_count_mismatch"
-    if numbers != list(range(1, num_steps + 1)):
+    if num_steps is not None and len(numbers) != num_steps:
+        return "step_count_mismatch" if numbers else "no_steps"
+    if numbers != list(range(1, len(numbers) + 1)):
         return "steps_out_of_order"
     after = {part.kind for part in parts[overalls[0] + 1 :]}
     if "step" in after:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import string
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from spark_jax.data.records import Problem
 from spark_jax.evaluation.grading import same_answer
 from spark_jax.prm.targets import canonical_target, parse_canonical_judgement
 from spark_jax.rewards.format import final_answer
-from spark_jax.steps import content_span, tagged_steps
+from spark_jax.steps import StepSpan, content_span, tagged_steps
 from spark_jax.verification.parse import parse_verification, verification_body
 
 logger = logging.getLogger(__name__)
+
+SplitSteps = Callable[[str], Sequence[StepSpan]]
 
 # Placeholders that each prompt file must hold. `num_steps` may stand wherever `solution` does.
 PROMPT_PLACEHOLDERS: dict[str, frozenset[str]] = {
@@ -37,8 +41,14 @@ PROMPT_PLACEHOLDERS: dict[str, frozenset[str]] = {
 }
 
 
-def canonical_format(prompt_dir: str | os.PathLike[str] | None = None) -> TextFormat:
+def canonical_format(
+    prompt_dir: str | os.PathLike[str] | None = None,
+    split_steps: Callable[[str], list[StepSpan]] = tagged_steps,
+) -> TextFormat:
     """The canonical format, with the prompts found in `prompt_dir` in place of the shipped ones.
+
+    `split_steps` says what a step is, for the parsers' counts and for the numbers that the prompts
+    show; any splitter of `spark_jax.steps`. (The shipped `solve.txt` asks for tagged steps.)
 
     Files are named as in `configs/prompts` (`verify.txt`, ...); those that are absent stay as
     shipped. User files are read and checked here, the shipped ones when first used.
@@ -52,8 +62,8 @@ def canonical_format(prompt_dir: str | os.PathLike[str] | None = None) -> TextFo
 
     def fill(name: str, problem: Problem, solution_text: str = "", **values: str) -> str:
         if "solution" in PROMPT_PLACEHOLDERS[name]:
-            values["solution"] = number_steps(solution_text)
-            values["num_steps"] = str(len(tagged_steps(solution_text)))
+            values["solution"] = number_steps(solution_text, split_steps)
+            values["num_steps"] = str(len(split_steps(solution_text)))
         template = own.get(name) or _shipped(name)
         return template.substitute(values, problem=problem.question)
 
@@ -78,7 +88,7 @@ def canonical_format(prompt_dir: str | os.PathLike[str] | None = None) -> TextFo
     return TextFormat(
         name="canonical",
         solve_prompt=lambda problem: fill("solve", problem),
-        split_steps=tagged_steps,
+        split_steps=split_steps,
         final_answer=final_answer,
         same_answer=same_answer,
         verify_prompt=verify_prompt,
@@ -92,14 +102,22 @@ def canonical_format(prompt_dir: str | os.PathLike[str] | None = None) -> TextFo
     )
 
 
-def number_steps(solution_text: str) -> str:
-    """The solution with "Step k:" at the head of each step, so that a verifier need not count."""
+def number_steps(solution_text: str, split_steps: SplitSteps = tagged_steps) -> str:
+    """The solution with "Step k:" at the head of each step, so that a verifier need not count.
+
+    A step that begins so already is left as it is.
+    """
     pieces, end = [], 0
-    for number, span in enumerate(tagged_steps(solution_text), start=1):
+    for number, span in enumerate(split_steps(solution_text), start=1):
         start, _ = content_span(solution_text, span)
-        pieces += [solution_text[end:start], f"Step {number}: "]
+        header = _STEP_HEADER.match(solution_text, start)
+        own = header is not None and int(header[1]) == number
+        pieces += [solution_text[end:start], "" if own else f"Step {number}: "]
         end = start
     return "".join([*pieces, solution_text[end:]])
+
+
+_STEP_HEADER = re.compile(r"[#*_\s]*step\s+([0-9]{1,6})\b", re.IGNORECASE)
 
 
 @functools.cache

@@ -48,6 +48,27 @@ def test_bootstrap_is_seeded_and_exact_for_equal_values():
     assert bootstrap_interval(np.ones(9)) == Interval(1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("n", [40, 5_000, 400_000])
+def test_draws_are_made_in_few_blocks_of_bounded_size(monkeypatch, n):
+    sizes = []
+    make = np.random.default_rng
+
+    class Counting:
+        def __init__(self, seed):
+            self.rng = make(seed)
+
+        def integers(self, *arguments, size):
+            sizes.append(int(np.prod(size)))
+            return self.rng.integers(*arguments, size=size)
+
+    monkeypatch.setattr(np.random, "default_rng", Counting)
+    resamples = 10_000 if n <= 5_000 else 20
+    bootstrap_interval(np.ones(n), resamples=resamples)
+    assert sum(sizes) == resamples * n
+    assert max(sizes) <= max(n, 2**18)
+    assert len(sizes) <= max(20, 2 * resamples * n / 2**18)
+
+
 def test_a_paired_interval_uses_the_pairs():
     hard = np.random.default_rng(3).normal(0, 10, 200)  # problems differ far more than the runs do
     better = hard + 1 + np.random.default_rng(4).normal(0, 0.1, 200)

@@ -43,6 +43,13 @@ def test_gradients_by_finite_differences():
     check_grads(outputs, (hidden, matrix), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
+def test_no_tokens_give_empty_arrays_and_no_gradient():
+    hidden, matrix, targets = inputs(n=0)
+    assert [x.shape for x in linear_logprob_and_entropy(hidden, matrix, targets)] == [(0,)] * 3
+    gradient = jax.grad(lambda m: jnp.sum(linear_logprob(hidden, m, targets)[0]))(matrix)
+    np.testing.assert_array_equal(gradient, np.zeros(matrix.shape))
+
+
 def test_huge_scores_stay_finite():
     hidden, matrix, targets = inputs(scale=1e4)
     results = linear_logprob_and_entropy(hidden, matrix, targets, block=4)

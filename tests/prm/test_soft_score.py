@@ -32,6 +32,7 @@ def test_verdict_texts_differ_in_the_verdict_alone():
     text = format_verification([("Yes", "No"), ("b", "Yes No")], [True, False], False)
     stem = text.removesuffix("No**")
     assert verdict_texts(CANONICAL, text) == (stem + "Yes", stem + "No")
+    assert verdict_texts(CANONICAL, "__Verdict: YES__.") == ("__Verdict: Yes", "__Verdict: No")
     assert verdict_texts(CANONICAL, "No") == verdict_texts(CANONICAL, "Yes") == ("Yes", "No")
     for text in ("", "Nothing", "Yes, because", "Noes"):
         with pytest.raises(ValueError, match="does not end with 'Yes' or 'No'"):
@@ -61,6 +62,18 @@ def test_soft_scores_read_the_model_at_the_verdict(tokenizer, seed):
     np.testing.assert_allclose(scores, p_yes / (p_yes + p_no), rtol=1e-12)
     assert len(calls) == 1
     assert calls[0].shape[0] == 8
+
+
+def test_sure_scores_stay_apart(tokenizer):
+    """A model's log-probs are float32, in which 1 - 1e-9 is 1."""
+    [no] = tokenizer.convert_tokens_to_ids(["No"])
+
+    def token_logprobs(tokens):
+        surer = np.where(tokens[:, :1] == tokens[0, 0], -20.0, -25.0)
+        return np.where(tokens[:, 1:] == no, surer, 0.0).astype(np.float32)
+
+    sure, surer = soft_scores(CANONICAL, tokenizer, token_logprobs, ["a", "b"], ["Yes", "Yes"])
+    assert sure < surer < 1
 
 
 def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):

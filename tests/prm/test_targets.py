@@ -46,6 +46,7 @@ def test_judgements_are_read_back_from_targets(verdicts, overall, kind):
     target = CANONICAL.reward_target(kind, verification(verdicts, overall))
     read = CANONICAL.parse_judgement(kind, target, len(verdicts))
     assert read == Verification(target, () if kind == "orm" else verdicts, overall)
+    assert CANONICAL.parse_judgement(kind, target, None) == read
     other = CANONICAL.parse_judgement(kind, target, len(verdicts) + 1)
     assert isinstance(other, ParseFailure) == (kind != "orm")
 
@@ -70,6 +71,11 @@ LINES = [
 def test_garbage_judgements_never_raise(text, num_steps, kind):
     result = CANONICAL.parse_judgement(kind, text, num_steps)
     assert result.text == text
+    anything = CANONICAL.parse_judgement(kind, text, None)
+    if isinstance(anything, Verification):
+        assert CANONICAL.parse_judgement(kind, text, len(anything.verdicts)) == anything
+    else:
+        assert isinstance(result, ParseFailure)
     if isinstance(result, Verification):
         assert len(result.verdicts) == (0 if kind == "orm" else num_steps)
         if kind == "prm":

@@ -1,5 +1,6 @@
 """What the reward model is asked, what is read from it, and that no reward peeks at references."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -124,6 +125,43 @@ def test_failures_are_counted_by_what_they_are(text_format, respond):
     assert judged.metrics["reward_model/yes"] == 0.25
 
 
+def test_a_judgement_is_parsed_once_whatever_its_number_of_steps(text_format, respond):
+    parses = []
+
+    def parse(kind, text, num_steps):
+        parses.append(text)
+        return text_format.parse_judgement(kind, text, num_steps)
+
+    counting = dataclasses.replace(text_format, parse_judgement=parse)
+    texts = ["1: ok " * n + "overall: Yes" for n in (3, 9, 0, 150)] + ["1: ok 2: bad"]
+    judged = ask(RewardModel(*texts), counting, [respond("1")] * len(texts))
+    assert parses == texts
+    assert [j.overall for j in judged.judgements] == [True] * 4 + [False]
+    assert [j.judged_every_step for j in judged.judgements] == [True] + [False] * 4
+    assert [j.failure for j in judged.judgements] == [None] * 4 + ["missing_overall"]
+    assert judged.metrics["reward_model/other_step_count"] == 3 / 5
+
+
+def test_several_judgements_of_any_text_are_sampled_as_asked(text_format, respond):
+    settings = SamplingSettings(temperature=0.3, max_new_tokens=9)
+    calls = []
+
+    def sample(prompts, **arguments):
+        calls.append((prompts, arguments))
+        answers = ["1: ok overall: Yes", "1: bad overall: No"]
+        return [[types.SimpleNamespace(text=text) for text in answers] for _ in prompts]
+
+    texts = ["broken", respond("1", 1) + " more"]
+    got = prm.ask(sample, text_format, [PROBLEM] * 2, texts, "prm", settings, 8, votes=2)
+    (prompts, arguments), *rest = calls
+    assert not rest
+    assert arguments == {"samples_per_prompt": 2, "settings": settings, "seed": 8}
+    assert [prompt.rpartition("|")[2] for prompt in prompts] == texts
+    assert not any("the reference" in prompt for prompt in prompts)
+    assert [[j.verdicts for j in group] for group in got] == [[(True,), (False,)]] * 2
+    assert [[j.judged_every_step for j in group] for group in got] == [[False] * 2, [True] * 2]
+
+
 def test_orm(text_format, respond):
     responses = [respond("1"), respond("2"), respond("3")]
     judged = ask(RewardModel("overall: Yes", "overall: No", "?"), text_format, responses, "orm")
@@ -152,7 +190,7 @@ def test_a_reward_refuses_judgements_of_the_wrong_kind_or_none(text_format, resp
 
 
 def test_a_reward_model_that_gives_too_few_texts_is_an_error(text_format, respond):
-    with pytest.raises(ValueError, match="one each was asked for"):
+    with pytest.raises(ValueError, match=r"votes=1 were asked for of each"):
         ask(RewardModel("overall: Yes"), text_format, [respond("1")] * 2)
     with pytest.raises(ValueError, match="1 problems for 2 responses"):
         prm.judge(

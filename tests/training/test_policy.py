@@ -226,6 +226,7 @@ def test_kl_needs_a_reference_and_is_reported_without_a_coefficient():
     ("fields", "message"),
     [
         ({"aggregation": "tokens"}, r"'tokens'.*sequence_mean.*token_mean"),
+        ({"importance": "sequnce"}, r"importance='sequnce'.*token.*sequence"),
         ({"kl_estimator": "k4"}, r"'k4'.*k1.*k2.*k3"),
         ({"aggregation": "sequence_sum_const"}, "needs sequence_constant"),
         ({"clip_low": 1.5}, r"clip_low=1\.5"),

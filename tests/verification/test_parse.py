@@ -50,7 +50,8 @@ def test_the_canonical_text_is_that_of_the_method_page():
 def test_what_is_formatted_is_read_back_exactly(steps, rng, overall):
     verdicts = [rng.random() < 0.5 for _ in steps]
     text = format_verification(steps, verdicts, overall)
-    assert parse_verification(text, len(steps)) == Verification(text, tuple(verdicts), overall)
+    expected = Verification(text, tuple(verdicts), overall)
+    assert parse_verification(text, len(steps)) == parse_verification(text, None) == expected
     assert verification_body(text) == text
     for other in (len(steps) - 1, len(steps) + 1):
         if other >= 0:
@@ -77,6 +78,12 @@ PIECES = [
 def test_garbage_never_raises_and_is_never_more_than_it_says(text, num_steps):
     result = parse_verification(text, num_steps)
     assert result.text == text
+    anything = parse_verification(text, None)
+    if isinstance(anything, Verification):
+        assert parse_verification(text, len(anything.verdicts)) == anything
+    else:
+        assert isinstance(result, ParseFailure)
+        assert anything.reason not in ("no_steps", "step_count_mismatch")
     if isinstance(result, ParseFailure):
         assert result.reason in PARSE_FAILURES
     else:

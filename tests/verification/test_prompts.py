@@ -4,6 +4,7 @@ import pytest
 
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.data.records import ParseFailure, Problem
+from spark_jax.steps import blank_line_steps, numbered_steps
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import (
     CANONICAL,
@@ -74,6 +75,32 @@ def test_steps_are_numbered_and_nothing_else_is_changed():
     assert numbered.count("Step ") == 2
     assert numbered.replace("Step 1: ", "").replace("Step 2: ", "") == SOLUTION
     assert number_steps("no steps here") == "no steps here"
+
+
+@pytest.mark.parametrize(
+    ("split_steps", "solution", "shown"),
+    [
+        (numbered_steps, "1. add\n2. stop", "Step 1: 1. add\nStep 2: 2. stop"),
+        (numbered_steps, "## Step 1: add\n## Step 2: stop", "## Step 1: add\n## Step 2: stop"),
+        (blank_line_steps, "Add.\n\nStep 1 gave 7.", "Step 1: Add.\n\nStep 2: Step 1 gave 7."),
+    ],
+)
+def test_another_splitter_numbers_the_steps_its_own_way(tmp_path, split_steps, solution, shown):
+    (tmp_path / "verify.txt").write_text("${problem}|${solution}|${num_steps}")
+    (tmp_path / "prm.txt").write_text("${problem}|${solution}|${num_steps}")
+    own = canonical_format(tmp_path, split_steps)
+    assert len(own.split_steps(solution)) == 2
+    expected = f"{PROBLEM.question}|{shown}|2"
+    assert own.verify_prompt(PROBLEM, solution, None) == expected
+    assert own.reward_prompt("prm", PROBLEM, solution) == expected
+    assert "with its 0 steps" in CANONICAL.verify_prompt(PROBLEM, solution, None)
+
+
+def test_the_verifier_is_told_the_reading_by_which_the_world_labels():
+    for name in ("verify", "verify_with_reference"):
+        prompt = all_prompts(CANONICAL)[name]
+        assert "follows correctly from an earlier wrong value is itself correct" in prompt
+        assert "rests on an earlier error" not in prompt
 
 
 def test_only_what_belongs_to_a_verification_is_shown_to_the_critic():

@@ -3,7 +3,7 @@
 The prompts are beginnings of the rows of the pretraining corpus, so the pretrained base knows them:
 
     <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <verify> verification <eos>
-    <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <reference> 8 No <verify> verification <eos>
+    <q> 7 1: +5 2: *3 3: *7 <a> solution <eos> <reference> 2 Yes <verify> verification <eos>
     ... <verify> verification <eos> <critique> critique <eos> <merge> verification <eos>
 
 A reward model's prompt ends with `<verdict>` (ORM: asks for one word), `<judge>` (PRM: one verdict
@@ -87,8 +87,9 @@ def reward_target(kind: RewardKind, verification: Verification) -> str:
     return " ".join((*verdicts, VERDICT, overall))
 
 
-def parse_verification(text: str, num_steps: int) -> Verification | ParseFailure:
-    """Reads `1: 7 +5 =2 Correct ... <verdict> Yes`, exactly one line per step. Never raises.
+def parse_verification(text: str, num_steps: int | None) -> Verification | ParseFailure:
+    """Reads `1: 7 +5 =2 Correct ... <verdict> Yes`, exactly one line per step; as many lines as
+    there are if `num_steps` is None. Never raises.
 
     Reasons: missing_overall, text_after_overall, no_steps, step_count_mismatch, malformed_step
     (misnumbered ones included). The calculation in a line is not checked: the verdict counts.
@@ -96,7 +97,9 @@ def parse_verification(text: str, num_steps: int) -> Verification | ParseFailure
     return _parse_lines(text, num_steps, words_per_line=5)
 
 
-def parse_judgement(kind: RewardKind, text: str, num_steps: int) -> Verification | ParseFailure:
+def parse_judgement(
+    kind: RewardKind, text: str, num_steps: int | None
+) -> Verification | ParseFailure:
     """Reads what a reward model of this kind says. Never raises on a text.
 
     Reasons as in `parse_verification`; an ORM's text is one word, else `missing_overall`, or
@@ -131,7 +134,9 @@ def _solved(problem: Problem, solution_text: str) -> str:
     return f"{solve_prompt(problem)} {_words(solution_text)} {EOS}"
 
 
-def _parse_lines(text: str, num_steps: int, words_per_line: int) -> Verification | ParseFailure:
+def _parse_lines(
+    text: str, num_steps: int | None, words_per_line: int
+) -> Verification | ParseFailure:
     words = text.split()
     if VERDICT not in words:
         return ParseFailure("missing_overall", text)
@@ -142,12 +147,12 @@ def _parse_lines(text: str, num_steps: int, words_per_line: int) -> Verification
     if len(words) > end + 2:
         return ParseFailure("text_after_overall", text)
     numbers = sum(word[:-1].isdecimal() and word.endswith(":") for word in words[:end])
-    if numbers != num_steps:
+    if num_steps is not None and numbers != num_steps:
         return ParseFailure("step_count_mismatch" if numbers else "no_steps", text)
-    if end != num_steps * words_per_line:
+    if end != numbers * words_per_line:
         return ParseFailure("malformed_step", text)
     verdicts = []
-    for number in range(1, num_steps + 1):
+    for number in range(1, numbers + 1):
         line = words[(number - 1) * words_per_line : number * words_per_line]
         verdict = _read_verdict(line, number)
         if verdict is None:

@@ -4,7 +4,7 @@ A problem starts from a digit and applies three to five operations, each a bijec
 Everything that is said of it is a string of words from `VOCABULARY`, separated by spaces:
 
     problem       <q> 7 1: +5 2: *3 3: *7 <a>
-    solution      <think> <step> 1: 7 +5 =2 </step> ... </think> <answer> \\boxed{ 8 } </answer>
+    solution      <think> <step> 1: 7 +5 =2 </step> ... </think> <answer> \\boxed{ 2 } </answer>
     verification  1: 7 +5 =2 Correct 2: 2 *3 =5 Incorrect ... <verdict> No
     critique      1: 7 +5 =2 Correct 2: 2 *3 =6 Correct ...
 
@@ -258,14 +258,15 @@ def write_solution(steps: Sequence[Step], boxes: Sequence[int]) -> str:
 def judge(problem: Problem, solution_text: str) -> Judged:
     """The truth about any text; never raises on a text.
 
-    A step is judged on its own, as SPARK's verifier does: given what was *claimed* before it. It
-    is correct if it takes the last claimed value (at first the problem's start) through the
-    operation that is due, or restates it (`+0`), and its value is right. So the steps after an
-    error are correct as long as they follow from it, and the first incorrect step is where the
-    error was made, as in ProcessBench. Whatever a step claims, the next one must take up, and
-    whatever operation it names (but `+0`), one is done with. A step that cannot be read or
-    misnumbers itself is incorrect and claims nothing. After the last operation a step can only
-    restate.
+    Our reading, as in the verifier's prompts: a step is judged given what was *claimed* before it.
+    It is correct if it takes the last claimed value (at first the problem's start) through the
+    operation that is due, or restates it (`+0`), and its value is right. So a step that follows
+    correctly from an earlier wrong value is correct. ProcessBench's score does not depend on this:
+    it looks at the first incorrect step only, which is where an error was made.
+
+    Whatever a step claims, the next one must take up, and whatever operation it names (but `+0`),
+    one is done with. A step that cannot be read or misnumbers itself is incorrect and claims
+    nothing. After the last operation a step can only restate.
     """
     chain = read_question(problem.question)
     value, done = chain.start, 0

@@ -74,6 +74,7 @@ def test_valid_verifications_are_read_back(lines, overall):
     verification = as_verification(lines, overall)
     steps = len(verification.verdicts)
     assert FORMAT.parse_verification(verification.text, steps) == verification
+    assert FORMAT.parse_verification(verification.text, None) == verification
     for other in {steps - 1, steps + 1}:
         assert isinstance(FORMAT.parse_verification(verification.text, other), ParseFailure)
 
@@ -123,6 +124,7 @@ def test_reward_targets_are_read_back(lines, overall):
         verdicts = () if kind == "orm" else verification.verdicts
         read = FORMAT.parse_judgement(kind, target, steps)
         assert read == Verification(target, verdicts, verification.overall)
+        assert FORMAT.parse_judgement(kind, target, None) == read
         more = FORMAT.parse_judgement(kind, f"{target} Yes", steps)
         assert isinstance(more, ParseFailure)
 
@@ -136,6 +138,11 @@ def test_readers_never_raise(text, steps):
     for kind in REWARD_KINDS:
         read = FORMAT.parse_judgement(kind, text, steps)
         assert isinstance(read, ParseFailure) or len(read.verdicts) == steps * (kind != "orm")
+        anything = FORMAT.parse_judgement(kind, text, None)
+        if isinstance(anything, Verification):
+            assert FORMAT.parse_judgement(kind, text, len(anything.verdicts)) == anything
+        else:
+            assert isinstance(read, ParseFailure)
     answer = FORMAT.final_answer(text)
     assert FORMAT.same_answer(answer, answer) == (answer is not None)
 

@@ -18,6 +18,13 @@ SAMPLES = 20_000
 PROBLEM = Problem("p", "7 1: +5 2: *3 3: *7", "2")  # 7 → 2 → 6 → 2
 
 
+def test_the_example_in_the_docstring_is_right():
+    assert world.__doc__ is not None
+    assert f"<q> {PROBLEM.question} <a>" in world.__doc__
+    boxed = re.findall(r"boxed\{ (\d) \}", world.__doc__)
+    assert boxed == [str(world.true_answer(world.read_question(PROBLEM.question)))]
+
+
 def calculate(left: int, operator: str) -> int:
     return eval(f"{left}{operator}") % 10
 
