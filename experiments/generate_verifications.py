@@ -18,6 +18,7 @@ from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.reports import plots
 from spark_jax.text_generation import text_sampler
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import AGGREGATIONS
@@ -72,6 +73,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "by_sample_count": by_sample_count(config, verified, labelled),
     }
     folder.write_summary(summary)
+    num_samples = config.verify.samples_per_solution
+    plots.stage1_summary(summary, folder.plots, num_samples=num_samples)
     return summary
 
 

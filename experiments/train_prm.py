@@ -24,6 +24,7 @@ from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models import checkpoints
 from spark_jax.prm.examples import tokenize_examples
 from spark_jax.prm.targets import TrainingPair, aggregated_by, training_pairs
+from spark_jax.reports import plots
 from spark_jax.training import optimizer, state
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
@@ -86,6 +87,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "held_out": evaluate.reward_model_scores(config, task, model, config.prm.kind, *held_out),
     }
     folder.write_summary(summary)
+    plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
 
 

@@ -37,6 +37,7 @@ from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.experiments import evaluate, launch
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models import checkpoints
+from spark_jax.reports import plots
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
     REWARDS,
@@ -137,6 +138,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "skipped_updates": int(train.skipped),
     }
     folder.write_summary(summary)
+    plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
 
 
