@@ -124,7 +124,7 @@ def get_config() -> ConfigDict:
             num_problems=256,
             samples_per_problem=4,
             temperature=1.0,
-            votes=1,  # judgements a solution, for reward models: above 1 a majority at temperature
+            votes=1,  # above 1, also reward models by majority over so many sampled judgements
             num_solutions=250,  # held-out solutions that reward models are tried on,
             generator="arithmetic_chains",  # and the model that writes them
         )

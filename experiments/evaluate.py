@@ -12,22 +12,26 @@ Prints and writes `summary.json`, with 95 % bootstrap intervals over problems.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from spark_jax.data import tasks
 from spark_jax.data.formats import RewardKind
 from spark_jax.data.records import Problem, SamplingSettings, Solution
-from spark_jax.evaluation import intervals, processbench
+from spark_jax.evaluation import intervals
 from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.models.config import ModelConfig
+from spark_jax.prm.evaluate import evaluate_reward_model
 from spark_jax.rewards import format as response_format
-from spark_jax.rewards.prm import judge
+from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
 from spark_jax.text_generation import SampledText, TextModel, text_sampler
 from spark_jax.training.run_folder import RunFolder
@@ -38,7 +42,7 @@ HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples w
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
     launch.check_evaluate(config)
-    config = launch.sub_config(config, "evaluate", "generate", "prm")
+    config = launch.sub_config(config, "evaluate", "generate", "verify", "prm")
     task = tasks.load(config.task)
     model = launch.text_model(*launch.load_model(config.model), name=config.model)
     folder = RunFolder.open(path, config)
@@ -117,36 +121,37 @@ def reward_model_scores(
     problems: Sequence[Problem],
     solutions: Sequence[Solution],
 ) -> dict[str, Any]:
-    """ProcessBench's scores: the first step judged incorrect against the first that is.
+    """ProcessBench's scores, greedy and by `evaluate.votes`; overall verdicts; soft scores.
 
-    An unreadable judgement is a wrong prediction. An ORM judges no steps: it has `overall_accuracy`
-    alone.
+    See `prm.evaluate.evaluate_reward_model`; `overall_accuracy` gets its interval here.
     """
-    judged = judge(
-        text_sampler(model),
+
+    def score(tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(compiled_logprobs(model.config)(model.params, tokens))
+
+    scores = evaluate_reward_model(
+        text_sampler(model, launch.decode_options(config)),
         task.text_format,
-        problems,
-        [solution.text for solution in solutions],
         kind,
-        SamplingSettings(greedy=True, max_new_tokens=config.decode.max_new_tokens),
-        seed=0,
-        checks=(),
+        problems,
+        solutions,
+        settings=SamplingSettings(
+            temperature=config.verify.temperature,
+            top_p=config.verify.top_p,
+            max_new_tokens=config.decode.max_new_tokens,
+        ),
+        seed=config.seed + HELD_OUT_SEED,
+        votes=config.evaluate.votes,
+        token_logprobs=score,
+        tokenizer=model.tokenizer,
     )
-    pairs = zip(judged.judgements, solutions, strict=True)
-    right = np.array([judgement.overall == s.correct for judgement, s in pairs])
-    scores: dict[str, Any] = {
-        "overall_accuracy": dataclasses.asdict(intervals.bootstrap_interval(right)),
-        "unparseable": judged.metrics["reward_model/unparseable"],
-        "num_solutions": len(solutions),
-    }
-    if kind != "orm":
-        predictions = [
-            processbench.first_error(j.verdicts) if j.judged_every_step else None
-            for j in judged.judgements
-        ]
-        labels = [processbench.first_error(s.step_labels or ()) for s in solutions]
-        scores |= processbench.score(predictions, labels)
-    return scores
+    right = np.array(scores.pop("per_solution")["overall_right"])
+    return scores | {"overall_accuracy": dataclasses.asdict(intervals.bootstrap_interval(right))}
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_logprobs(config: ModelConfig) -> Any:
+    return jax.jit(lambda params, tokens: token_logprobs(params, config, tokens))
 
 
 def is_right(task: tasks.Task, problem: Problem, text: str) -> bool:

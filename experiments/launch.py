@@ -188,6 +188,7 @@ def check_evaluate(config: Config) -> None:
     _at_least(1, config, "evaluate.num_problems", "evaluate.samples_per_problem")
     _at_least(1, config, "evaluate.num_solutions", "evaluate.votes")
     _sampling(config, "generate")
+    _sampling(config, "verify")
     _refuse(
         "evaluate.temperature",
         lambda: decoding.Sampling(temperature=config.evaluate.temperature).per_prompt(1),

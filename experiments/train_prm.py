@@ -38,7 +38,7 @@ SAVE_EVERY = 100
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
     launch.check_prm(config)
-    config = launch.sub_config(config, "generate", "prm", "evaluate")
+    config = launch.sub_config(config, "generate", "verify", "prm", "evaluate")
     task = tasks.load(config.task)
     params, model_config, tokenizer = launch.load_model(config.model)
     pairs, counts = examples(config, task)

@@ -106,6 +106,9 @@ def test_evaluate_both_ways(tiny, reward_models, tmp_path):
     assert policy["accuracy"]["low"] <= policy["accuracy"]["estimate"] <= policy["accuracy"]["high"]
     assert len(policy["correct_per_problem"]) == 4
     changes = {"model": reward_models["prm_cot"], "evaluate.what": "reward_model"}
+    changes["evaluate.votes"] = 3
     scores = evaluate.run(launch.changed(tiny, changes), tmp_path / "reward_model")
     assert scores["num_solutions"] == 4
     assert "f1" in scores
+    assert 0 <= scores["majority_overall_accuracy"] <= 1
+    assert "soft_auc" in scores
