@@ -299,13 +299,20 @@ def _attend(
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H K"]:
-    """Grouped-query attention; the queries of one KV head are folded, KV is never repeated."""
+    """Grouped-query attention; the queries of one KV head are folded, KV is never repeated.
+
+    Weights are rounded to the values' dtype before they are normalised, as in `_attend_segments`:
+    in bfloat16 sampler and scorer would drift apart otherwise.
+    """
     b, t, h, d = q.shape
     folded = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
     scores = jnp.einsum("btgqk,bsgk->bgqts", folded, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgqts,bsgk->btgqk", weights, v, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum(
+        "bgqts,bsgk->btgqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    out /= jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
     return out.reshape(b, t, h, d).astype(q.dtype)
 
 
@@ -321,16 +328,17 @@ def _attend_segments(
     """One query per slot against its lane's prompt and its own tokens, joined by their shared
     maximum and sum: nothing is copied or concatenated."""
     r, w, h, d = q.shape
-    folded = q.reshape(r, w, keys.shape[2], -1, d)
+    # Batch axes first: the lane's W · Q queries of one KV head then make one plain matrix product.
+    folded = q.reshape(r, w, keys.shape[2], -1, d).swapaxes(1, 2)
     dot = {"preferred_element_type": jnp.float32}
-    shared = jnp.einsum("rwgqk,rglk->rwgql", folded, prompt_keys, **dot) * d**-0.5
-    own = jnp.einsum("rwgqk,rwgtk->rwgqt", folded, keys, **dot) * d**-0.5
+    shared = jnp.einsum("rgwqk,rglk->rgwql", folded, prompt_keys, **dot) * d**-0.5
+    own = jnp.einsum("rgwqk,rwgtk->rgwqt", folded, keys, **dot) * d**-0.5
     shared = jnp.where(prompt_mask[:, None, None, None], shared, _MASKED)
-    own = jnp.where(own_mask[:, :, None, None], own, _MASKED)
+    own = jnp.where(own_mask[:, None, :, None], own, _MASKED)
     # Every slot has a token of its own, so the joint maximum is never the masked value.
     top = jnp.maximum(shared.max(-1), own.max(-1))[..., None]
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    out = jnp.einsum("rwgql,rglk->rwgqk", shared.astype(q.dtype), prompt_values, **dot)
-    out += jnp.einsum("rwgqt,rwgtk->rwgqk", own.astype(q.dtype), values, **dot)
+    out = jnp.einsum("rgwql,rglk->rgwqk", shared.astype(q.dtype), prompt_values, **dot)
+    out += jnp.einsum("rgwqt,rwgtk->rgwqk", own.astype(q.dtype), values, **dot)
     out /= (shared.sum(-1) + own.sum(-1))[..., None]
-    return out.reshape(r, w, h, d).astype(q.dtype)
+    return out.swapaxes(1, 2).reshape(r, w, h, d).astype(q.dtype)
