@@ -5,7 +5,7 @@
 For every seed: stage I makes step-by-step verifications without references, stage II a reward model
 from each aggregation method's, stage III policies with that reward model and with its baselines.
 Each part is the experiment of its own name in a folder of its own; a second start goes on where the
-first one stopped. Writes `summary.json`, `plots/*.png` and a closing table on the terminal.
+first one stopped. Writes `summary.json`, `plots/*.png` and closing tables, which it also prints.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
         folders=study.Folders(stage1, prm, rl),
     )
     folder.write_summary(results)
+    (path / "tables.txt").write_text(tables.as_text(results))
     made = plots.draw(results, folder.plots)
     tables.show(results, console)
     console.print(f"summary: {path / 'summary.json'}")

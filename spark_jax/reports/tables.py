@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -42,6 +43,13 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     title = f"What shows in this world, and what does not ({note})"
     _print(console, title, _claims(results["differences"]))
     _captions(console, [_reading(seeds)])
+
+
+def as_text(results: Mapping[str, Any]) -> str:
+    """What `show` prints, without colours."""
+    file = io.StringIO()
+    show(results, Console(file=file, width=PIPED_WIDTH, force_terminal=False))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def interval(value: Mapping[str, Any], decimals: int = 2) -> str:

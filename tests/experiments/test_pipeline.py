@@ -47,6 +47,9 @@ def test_pipeline_leaves_summary_plots_and_tables(config, tmp_path, capsys, monk
         with Image.open(tmp_path / "plots" / f"{name}.png") as image:
             assert len(image.getcolors(maxcolors=1 << 24)) > 10
     printed = capsys.readouterr().out
+    assert (tmp_path / "tables.txt").read_text().strip() in "\n".join(
+        line.rstrip() for line in printed.splitlines()
+    )
     assert "What shows in this world, and what does not" in printed
     assert "step_consistency" in printed
 
