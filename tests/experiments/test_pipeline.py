@@ -1,12 +1,14 @@
 """The whole sequence on a tiny configuration: what it leaves, and that a second start resumes."""
 
+import functools
 import json
 
 import pytest
 from experiment_runs import Stop
 from PIL import Image
+from rich.progress import Progress
 
-from spark_jax.experiments import launch, pipeline, train_rl
+from spark_jax.experiments import launch, pipeline, pretrain, train_rl
 
 
 @pytest.fixture
@@ -60,6 +62,25 @@ def test_impossible_arms_are_refused_before_anything_runs(config, tmp_path):
     with pytest.raises(ValueError, match="'global_step' needs step verdicts"):
         pipeline.run(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        pretrain,
+        "PretrainSettings",
+        functools.partial(pretrain.PretrainSettings, steps=2, warmup_steps=1),
+    )
+    made = []
+    with Progress() as progress:
+        for _ in range(2):  # the second time it is there already
+            made.append(pipeline.make_base(config, tmp_path / "base", progress))
+    assert made[0].model == made[0].evaluate.generator == str(tmp_path / "base")
+    assert made[0].to_dict() == made[1].to_dict()
+    fresh, fresh_config, tokenizer = launch.load_model(made[0].model)
+    shipped, shipped_config, _ = launch.load_model(config.model)
+    assert fresh_config == shipped_config
+    assert tokenizer.eos_token_id == 1
+    assert float(abs(fresh.embedding - shipped.embedding).max()) > 0.1
 
 
 def test_quick_is_smaller_and_has_a_folder_of_its_own(config, tmp_path):
