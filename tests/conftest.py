@@ -9,11 +9,21 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("spark_jax", "typechecking.check")
+
+# The same examples on every run, and none refused for being slow on a busy machine.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture
