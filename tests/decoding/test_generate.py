@@ -259,3 +259,20 @@ def test_no_vocabulary_sort_and_no_wide_scores_in_the_program(params):
     assert "1031" in text
     assert "stablehlo.sort" not in text
     assert "x24x1031x" not in text
+
+
+def test_bfloat16_decodes_long_shared_prompts():
+    """Some orders of a matrix product's axes do not run in bfloat16 on CPU, from some size on."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=16)
+    params = decoding.layout(transformer.init(config, jax.random.key(0)), config)
+    rollout = decoding.generate(
+        params,
+        config,
+        [list(range(40)) * 2, [1, 2]],
+        key=KEY,
+        sampling=RANDOM,
+        samples_per_prompt=8,
+        max_new_tokens=4,
+    )
+    assert len({tuple(r) for r in responses(rollout)[:8]}) > 1
+    assert np.all(np.asarray(rollout.logprobs)[np.asarray(rollout.mask)] < 0)
