@@ -95,7 +95,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
         policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
-        scores = evaluate.policy_scores(config, task, policy)
+        if restored is None or first > config.rl.steps:  # else the last step evaluates
+            scores = evaluate.policy_scores(config, task, policy)
         if restored is None:
             metrics.scalars(0, evaluation_metrics(scores))
 
