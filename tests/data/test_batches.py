@@ -1,0 +1,72 @@
+import grain
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_jax.data.batches import batch_order
+
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
+
+
+@given(SIZES)
+def test_every_example_once_per_epoch_over_all_processes(sizes):
+    num, per_process, processes, seed = sizes
+    size = per_process * processes
+    orders = [batch_order(num, size, seed, p, processes) for p in range(processes)]
+    epochs = 3
+    steps = -(-epochs * num // size)
+    batches = [[np.asarray(order[t]) for order in orders] for t in range(steps)]
+    assert {len(part) for parts in batches for part in parts} == {per_process}
+    stream = np.concatenate([part for parts in batches for part in parts])
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * num : (epoch + 1) * num]) == list(range(num))
+
+
+@given(SIZES)
+def test_the_batches_do_not_depend_on_the_number_of_processes(sizes):
+    num, per_process, processes, seed = sizes
+    size = per_process * processes
+    alone = batch_order(num, size, seed)
+    for step in (0, 1, 7):
+        parts = [batch_order(num, size, seed, p, processes)[step] for p in range(processes)]
+        np.testing.assert_array_equal(np.concatenate(parts), alone[step])
+
+
+def test_any_step_is_the_same_after_a_restart():
+    order = batch_order(23, 4, seed=5)
+    through = [order[t].tolist() for t in range(50)]
+    for t in (49, 0, 31, 17):  # in any order, each from a fresh start
+        assert batch_order(23, 4, seed=5)[t].tolist() == through[t]
+
+
+def test_epochs_and_seeds_differ():
+    def epoch(seed, number):
+        return np.concatenate([batch_order(20, 5, seed)[4 * number + i] for i in range(4)]).tolist()
+
+    orders = [epoch(seed, number) for seed in (0, 1) for number in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert list(range(20)) not in orders
+
+
+def test_the_order_is_that_of_the_plain_pipeline():
+    """Runs made before this function existed resume with the order they had."""
+    plain = grain.MapDataset.range(11).shuffle(seed=3).repeat().batch(4)
+    order = batch_order(11, 4, 3)
+    for t in range(12):
+        np.testing.assert_array_equal(order[t], plain[t])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((0, 4, 0), "num_examples=0"),
+        ((4, 0, 0), "batch_size=0"),
+        ((9, 5, 0, 0, 2), "multiple"),
+        ((9, 4, 0, 2, 2), "process_index=2"),
+        ((9, 4, 0, -1, 2), "process_index=-1"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        batch_order(*arguments)
