@@ -9,11 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from spark_jax.evaluation.intervals import Interval
+
+SPLITS = ("gsm8k", "math", "olympiadbench", "omnimath")
 NO_ERROR = -1
 
 
@@ -46,12 +52,39 @@ def score(predictions: Sequence[int | None], labels: Sequence[int]) -> dict[str,
                 raise ValueError(
                     f"{name} {i} is {value}; it must be a step's index, or -1 for none"
                 )
-    hits = [prediction == label for prediction, label in zip(predictions, labels)]
-    error_acc = _mean([hit for hit, label in zip(hits, labels) if label != NO_ERROR])
-    correct_acc = _mean([hit for hit, label in zip(hits, labels) if label == NO_ERROR])
+    error_acc, correct_acc = (_mean(hits) for hits in _hits(predictions, labels))
     total = error_acc + correct_acc
     f1 = 2 * error_acc * correct_acc / total if total else 0.0
     return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
+
+
+def score_intervals(
+    predictions: Sequence[int | None],
+    labels: Sequence[int],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """`score` with percentile bootstrap intervals over samples, those with an error and those
+    without resampled apart, for a subset fixes how many there are of each."""
+    figures = score(predictions, labels)
+    draws = _bootstrap(predictions, labels, resamples, np.random.default_rng(seed))
+    return {name: _interval(figures[name], draws[name], level) for name in figures}
+
+
+def mean_f1_interval(
+    subsets: Mapping[str, tuple[Sequence[int | None], Sequence[int]]],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """`mean_f1` with its bootstrap interval. `subsets`: subset -> (predictions, labels)."""
+    estimate = mean_f1({name: score(*pair) for name, pair in subsets.items()})
+    rng = np.random.default_rng(seed)
+    draws = [_bootstrap(*pair, resamples, rng)["f1"] for pair in subsets.values()]
+    return _interval(estimate, np.mean(draws, axis=0), level)
 
 
 def first_error(verdicts: Sequence[bool]) -> int:
@@ -95,6 +128,66 @@ def counts(samples: Sequence[ProcessBenchSample]) -> dict[str, int]:
     return {"erroneous": erroneous, "correct": len(samples) - erroneous}
 
 
+def find(
+    folder: str | os.PathLike[str], splits: Sequence[str] = ()
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files `<folder>/<split>.json`: (split -> file, split -> why it is missing).
+
+    All that `splits` names must be there. Without names it is the four of the paper, of which at
+    least one must be; the others are named as missing. Raises FileNotFoundError otherwise.
+    """
+    files = {split: Path(folder) / f"{split}.json" for split in splits or SPLITS}
+    missing = {split: f"no file {file}" for split, file in files.items() if not file.is_file()}
+    if missing and (splits or len(missing) == len(files)):
+        raise FileNotFoundError(
+            f"ProcessBench: {'; '.join(missing.values())}. Fetch Qwen/ProcessBench and put its "
+            "subsets there as <split>.json, or name another folder"
+        )
+    return {split: file for split, file in files.items() if split not in missing}, missing
+
+
+def subset(
+    samples: Sequence[ProcessBenchSample], number: int | None, seed: int
+) -> list[ProcessBenchSample]:
+    """`number` of the samples, drawn by the seed, in their own order; all of them for None or for
+    more than there are."""
+    if number is None or number >= len(samples):
+        return list(samples)
+    if number < 1:
+        raise ValueError(f"a subset of {number} samples; take at least 1")
+    chosen = np.random.default_rng(seed).choice(len(samples), size=number, replace=False)
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def solution_text(
+    sample: ProcessBenchSample, split_steps: Callable[[str], Sequence[tuple[int, int]]]
+) -> str:
+    """The solution as one text in which `split_steps` finds exactly the sample's steps.
+
+    With `<step>` tags inside `<think>` where the splitter reads tags; else as numbered lines; else
+    as paragraphs, in which each step is put on one line. Tags that a step itself holds are written
+    `&lt;step&gt;`, a step of nothing but white space `(empty step)`: see `is_rewritten`.
+
+    Raises ValueError, naming the sample, where the splitter finds other steps in all three.
+    """
+    steps = [_shown(step) for step in sample.steps]
+    for text, shown in _layouts(steps):
+        spans = split_steps(text)
+        if len(spans) == len(shown) and all(
+            step in text[start:end] for step, (start, end) in zip(shown, spans)
+        ):
+            return text
+    raise ValueError(
+        f"ProcessBench sample {sample.id!r}: the task's split_steps does not find its "
+        f"{len(steps)} steps, neither tagged nor numbered nor as paragraphs"
+    )
+
+
+def is_rewritten(sample: ProcessBenchSample) -> bool:
+    """Whether a step is shown in other words than its own."""
+    return any(_shown(step) != step.strip() for step in sample.steps)
+
+
 _FIELDS = {
     "id": str,
     "problem": str,
@@ -122,6 +215,57 @@ def _sample(row: Any, place: str) -> ProcessBenchSample:
     return ProcessBenchSample(
         **{field: row[field] for field in _FIELDS if field != "steps"}, steps=tuple(row["steps"])
     )
+
+
+_TAG = re.compile(r"<(/?(?:think|step|answer))>")
+
+
+def _shown(step: str) -> str:
+    return _TAG.sub(r"&lt;\1&gt;", step.strip()) or "(empty step)"
+
+
+def _layouts(steps: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """The ways to write steps down, each with the steps as it shows them."""
+    tagged = [f"<step> {step} </step>" for step in steps]
+    yield "\n".join(["<think>", *tagged, "</think>"]), steps
+    lines = [" ".join(step.split()) for step in steps]
+    numbered = [f"Step {number}: {line}" for number, line in enumerate(lines, start=1)]
+    yield "\n".join(numbered), lines
+    yield "\n\n".join(lines), lines
+
+
+def _hits(
+    predictions: Sequence[int | None], labels: Sequence[int]
+) -> tuple[list[bool], list[bool]]:
+    """Whether each prediction is its label: of the samples with an error, of those without."""
+    pairs = list(zip(predictions, labels, strict=True))
+    return (
+        [prediction == label for prediction, label in pairs if label != NO_ERROR],
+        [prediction == label for prediction, label in pairs if label == NO_ERROR],
+    )
+
+
+def _bootstrap(
+    predictions: Sequence[int | None],
+    labels: Sequence[int],
+    resamples: int,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Resampled figures. The sum of n hits drawn with replacement from n is binomial."""
+    error_acc, correct_acc = (
+        rng.binomial(len(hits), _mean(hits), resamples) / len(hits)
+        if hits
+        else np.full(resamples, np.nan)
+        for hits in _hits(predictions, labels)
+    )
+    total = error_acc + correct_acc
+    f1 = 2 * error_acc * correct_acc / np.where(total == 0, 1.0, total)
+    return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
+
+
+def _interval(estimate: float, draws: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,11 +5,15 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spark_jax import steps
 from spark_jax.evaluation import processbench
+from spark_jax.evaluation.intervals import bootstrap_interval
+from spark_jax.rewards.format import valid_part
 
 SAMPLE = {
     "id": "a-0",
@@ -101,6 +105,133 @@ def test_load_names_the_place(tmp_path, content, message):
     assert str(file) in str(error.value)
 
 
+# --- intervals -----------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_resampling_the_samples_themselves():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(-1, 3, 80)
+    predictions = [label if rng.random() < 0.6 else 3 for label in labels.tolist()]
+    got = processbench.score_intervals(predictions, labels.tolist())
+    hits = np.array(predictions) == labels
+    wrong, right = hits[labels >= 0], hits[labels < 0]
+    for name, group in (("error_acc", wrong), ("correct_acc", right)):
+        expected = bootstrap_interval(group)
+        assert got[name].estimate == expected.estimate
+        np.testing.assert_allclose(
+            [got[name].low, got[name].high], [expected.low, expected.high], atol=0.02
+        )
+    draws = []
+    for _ in range(4000):
+        a, b = (rng.choice(group, len(group)).mean() for group in (wrong, right))
+        draws.append(2 * a * b / (a + b))
+    np.testing.assert_allclose(
+        [got["f1"].low, got["f1"].high], np.quantile(draws, [0.025, 0.975]), atol=0.015
+    )
+    assert got["f1"].estimate == processbench.score(predictions, labels.tolist())["f1"]
+
+
+def test_intervals_of_the_perfect_the_hopeless_and_the_undefined():
+    perfect = processbench.score_intervals([1, -1], [1, -1])
+    assert {(i.low, i.estimate, i.high) for i in perfect.values()} == {(1, 1, 1)}
+    hopeless = processbench.score_intervals([None, None], [1, -1])
+    assert {(i.low, i.estimate, i.high) for i in hopeless.values()} == {(0, 0, 0)}
+    one_class = processbench.score_intervals([1, 0], [1, 1])
+    assert (one_class["error_acc"].estimate, one_class["error_acc"].low) == (0.5, 0)
+    assert math.isnan(one_class["correct_acc"].low)
+    assert math.isnan(one_class["f1"].high)
+
+
+def test_the_mean_of_two_subsets_is_surer_than_either():
+    half = ([0, 1] * 50 + [-1, 0] * 50, [0] * 100 + [-1] * 100)  # both accuracies 1/2
+    one = processbench.score_intervals(*half)["f1"]
+    mean = processbench.mean_f1_interval({"a": half, "b": half, "c": half, "d": half})
+    assert one.estimate == mean.estimate == 0.5
+    assert (mean.high - mean.low) == pytest.approx((one.high - one.low) / 2, rel=0.1)
+
+
+# --- files, subsets, texts -----------------------------------------------------------------------
+
+
+def files(folder, *splits):
+    for split in splits:
+        (folder / f"{split}.json").write_text(json.dumps([SAMPLE]))
+    return folder
+
+
+def test_splits_that_are_not_there_are_named(tmp_path):
+    found, missing = processbench.find(files(tmp_path, "gsm8k", "math"))
+    assert found == {name: tmp_path / f"{name}.json" for name in ("gsm8k", "math")}
+    assert set(missing) == {"olympiadbench", "omnimath"}
+    assert str(tmp_path / "omnimath.json") in missing["omnimath"]
+
+
+def test_splits_that_were_asked_for_are_required(tmp_path):
+    files(tmp_path, "gsm8k", "math")
+    assert list(processbench.find(tmp_path, ["math"])[0]) == ["math"]
+    with pytest.raises(FileNotFoundError, match=r"omnimath\.json.*Qwen/ProcessBench"):
+        processbench.find(tmp_path, ["math", "omnimath"])
+    with pytest.raises(FileNotFoundError, match=r"gsm8k\.json"):
+        processbench.find(tmp_path / "nowhere")
+
+
+def sample_of(*steps, label=-1, id="a"):
+    return processbench.ProcessBenchSample(id, "p", steps, label, True)
+
+
+def test_a_subset_is_drawn_by_its_seed_and_keeps_the_order():
+    samples = [sample_of("x", id=str(i)) for i in range(100)]
+    first = processbench.subset(samples, 10, 1)
+    assert first == processbench.subset(samples, 10, 1)
+    assert first != processbench.subset(samples, 10, 2)
+    ids = [int(sample.id) for sample in first]
+    assert ids == sorted(set(ids))
+    assert len(ids) == 10
+    assert ids != list(range(10))
+    assert processbench.subset(samples, None, 1) == processbench.subset(samples, 101, 1) == samples
+    with pytest.raises(ValueError, match="subset of 0"):
+        processbench.subset(samples, 0, 1)
+
+
+SPLITTERS = {
+    "tagged": steps.tagged_steps,
+    "numbered": steps.numbered_steps,
+    "paragraphs": steps.blank_line_steps,
+}
+TAGS = ("<step>", "</step>", "</answer>", "<think>")
+HEADERS = ("Step 2: ", "\n## Step 1", "1. ", "Answer: 3", "\nThe answer is 3.")
+ODD = st.sampled_from([*TAGS, *HEADERS, "\n\n", " ", "$x<y$", "\\boxed{3}", "a", "b"])
+STEP = st.lists(ODD, max_size=5).map("".join)
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+@given(st.lists(STEP, min_size=1, max_size=5))
+def test_a_solutions_text_has_exactly_its_steps(name, texts):
+    sample = sample_of(*texts)
+    text = processbench.solution_text(sample, SPLITTERS[name])
+    spans = SPLITTERS[name](text)
+    assert len(spans) == len(texts)
+    assert valid_part(text) == text  # what a reward model is shown
+    for step, (start, end) in zip(texts, spans):
+        shown = step
+        for tag in TAGS:
+            shown = shown.replace(tag, f"&lt;{tag[1:-1]}&gt;")
+        assert "".join(shown.split()) in "".join(text[start:end].split())
+    if name == "tagged" and not processbench.is_rewritten(sample):
+        assert steps.step_texts(text, spans) == tuple(step.strip() for step in texts)
+    assert processbench.is_rewritten(sample) == any(
+        not step.strip() or any(tag in step for tag in TAGS) for step in texts
+    )
+
+
+def test_a_splitter_that_finds_other_steps_is_refused():
+    with pytest.raises(ValueError, match=r"sample 'a': .*does not find its 2 steps"):
+        processbench.solution_text(sample_of("x", "y"), lambda text: [(0, len(text))])
+
+
+# --- the published files -------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(
     "SPARK_JAX_DATA" not in os.environ,
     reason="needs the published files: set SPARK_JAX_DATA to the folder of processbench/*.json",
@@ -115,3 +246,8 @@ def test_published_counts(subset, erroneous, correct):
     assert processbench.counts(samples) == {"erroneous": erroneous, "correct": correct}
     labels = [sample.label for sample in samples]
     assert processbench.score(labels, labels) == {"error_acc": 1, "correct_acc": 1, "f1": 1}
+    for name, splitter in SPLITTERS.items():
+        for sample in samples[::7]:
+            text = processbench.solution_text(sample, splitter)
+            assert len(splitter(text)) == len(sample.steps), (name, sample.id)
+    assert not any(processbench.is_rewritten(sample) for sample in samples)

@@ -14,7 +14,9 @@ from spark_jax.data.arithmetic_chains import world
 from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import Problem, SamplingSettings, Solution
-from spark_jax.prm.evaluate import evaluate_reward_model
+from spark_jax.prm.evaluate import evaluate_reward_model, judge_format
+from spark_jax.verification.parse import format_verification
+from spark_jax.verification.prompts import CANONICAL
 
 SETTINGS = SamplingSettings(temperature=0.7, max_new_tokens=50)
 WORD = {True: "Correct", False: "Incorrect"}
@@ -82,6 +84,9 @@ def test_greedy_scores_by_hand():
     }
     assert got == {
         "num_solutions": 3,
+        "num_with_outcome": 3,
+        "num_with_step_labels": 3,
+        "yes": pytest.approx(2 / 3),
         "overall_accuracy": pytest.approx(2 / 3),
         "unparseable": 0,
         "error_acc": 0,
@@ -125,6 +130,9 @@ def test_an_orm_has_an_outcome_alone():
     got = evaluate(Scripted(["Yes", "No", "Yes Yes"]), kind="orm")
     assert got == {
         "num_solutions": 3,
+        "num_with_outcome": 3,
+        "num_with_step_labels": 3,
+        "yes": pytest.approx(1 / 3),
         "overall_accuracy": pytest.approx(2 / 3),
         "unparseable": pytest.approx(1 / 3),
         "per_solution": {"overall_right": [True, True, False]},
@@ -245,8 +253,6 @@ def test_the_reward_model_never_sees_a_reference():
     ("change", "message"),
     [
         ({"text": SOLUTIONS[0].text + " <answer> 1 </answer>"}, "goes on after </answer>.*cut it"),
-        ({"correct": None}, "correct is None"),
-        ({"step_labels": None}, "step_labels=None for a text of 2 steps"),
         ({"step_labels": (True,) * 3}, "for a text of 2 steps"),
         ({"problem_id": "x"}, "problem is not among those given"),
     ],
@@ -257,6 +263,112 @@ def test_a_solution_whose_labels_are_not_of_what_is_shown_is_refused(change, mes
     with pytest.raises(ValueError, match=f"solution 7 of problem '[px]': .*{message}"):
         evaluate(model, solutions=bad)
     assert not model.calls
+
+
+def without_labels(solution):
+    return dataclasses.replace(solution, step_labels=None)
+
+
+def without_truth(solution):
+    return dataclasses.replace(solution, step_labels=None, correct=None)
+
+
+def test_without_step_labels_the_overall_verdict_alone_is_scored():
+    alone = evaluate(Scripted(GREEDY))
+    got = evaluate(Scripted(GREEDY), solutions=[without_labels(s) for s in SOLUTIONS])
+    by_steps = {"error_acc", "correct_acc", "f1"}
+    assert set(alone) - set(got) == by_steps
+    same = set(got) - {"per_solution", "num_with_step_labels"}
+    assert {name: got[name] for name in same} == {name: alone[name] for name in same}
+    assert (got["num_with_outcome"], got["num_with_step_labels"]) == (3, 0)
+    assert got["per_solution"]["label"] == [None] * 3
+    assert got["per_solution"]["first_error"] == alone["per_solution"]["first_error"]
+
+
+def test_solutions_of_unknown_truth_count_in_no_score_that_needs_it():
+    tokenizer, table = bigram()
+    soft = {
+        "token_logprobs": lambda tokens: table[tokens[:, :-1], tokens[:, 1:]],
+        "tokenizer": tokenizer,
+    }
+    some = [SOLUTIONS[0], without_truth(SOLUTIONS[1]), without_labels(SOLUTIONS[2])]
+    got = evaluate(Scripted(GREEDY), solutions=some, **soft)
+    assert (got["num_with_outcome"], got["num_with_step_labels"]) == (2, 1)
+    assert got["per_solution"]["overall_right"] == [True, None, False]
+    assert (got["overall_accuracy"], got["yes"]) == (0.5, pytest.approx(2 / 3))
+    assert got["correct_acc"] == 1
+    assert math.isnan(got["f1"])  # no sample with an error
+    assert got["soft_auc"] == 0.5  # equal scores of one right and one wrong solution
+
+    got = evaluate(Scripted(GREEDY), solutions=[without_truth(s) for s in SOLUTIONS], **soft)
+    assert got["overall_accuracy"] is got["soft_auc"] is got["soft_accuracy"] is None
+    assert got["unparseable"] == 0
+    assert "f1" not in got
+
+
+def test_soft_accuracy_is_on_which_side_of_one_half():
+    tokenizer = load_tokenizer()
+    yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    likely = {"2": 0.9, "1": 0.4, "9": 0.5}  # by what the solution's last step gives
+
+    def token_logprobs(tokens):
+        logprobs = np.zeros((len(tokens), tokens.shape[1] - 1))
+        for row, ids in enumerate(tokens):
+            share = next(p for value, p in likely.items() if f"{{ {value} }}" in text_of(ids))
+            logprobs[row] = np.where(ids[1:] == yes, np.log(share), 0.0)
+            logprobs[row] += np.where(ids[1:] == no, np.log(1 - share), 0.0)
+        return logprobs
+
+    def text_of(ids):
+        return tokenizer.decode(ids)
+
+    got = evaluate(
+        Scripted(["Yes"] * 3), kind="orm", token_logprobs=token_logprobs, tokenizer=tokenizer
+    )
+    np.testing.assert_allclose(got["per_solution"]["soft_score"], [0.9, 0.4, 0.5])
+    assert got["soft_accuracy"] == pytest.approx(2 / 3)  # one half is on neither side
+    assert got["soft_auc"] == 1
+
+
+def test_a_verifier_is_asked_with_the_verification_prompt_and_read_as_a_verification():
+    said = [
+        "1: 3 +1 =4 Correct 2: 4 *3 =2 Correct <verdict> Yes",
+        "1: 3 +1 =4 Incorrect 2: 7 *3 =1 Correct <verdict> No",
+        GREEDY[2],  # a PRM's lines are no verification
+    ]
+    model = Scripted(said)
+    got = evaluate(model, kind="verifier")
+    assert got["per_solution"]["first_error"] == [-1, 0, None]
+    assert got["unparseable"] == pytest.approx(1 / 3)
+    [(prompts, *_)] = model.calls
+    assert prompts == [FORMAT.verify_prompt(PROBLEM, s.text, None) for s in SOLUTIONS]
+
+
+def test_a_verifiers_deliberation_stands_before_its_soft_verdict():
+    body = format_verification([("a", "b")], [True], True)
+    text_format, kind = judge_format(CANONICAL, "verifier")
+    said = f"<think> hm </think>\n{body}\nDone."
+    verification = text_format.parse_judgement(kind, said, 1)
+    assert text_format.reward_target(kind, verification) == f"<think> hm </think>\n{body}"
+    assert CANONICAL.reward_target(kind, verification) == body  # as a PRM-CoT is trained
+
+
+def test_prompts_that_do_not_fit_are_counted_as_unread_and_not_asked_about():
+    tokenizer, table = bigram()
+    prompts = [FORMAT.reward_prompt("prm", PROBLEM, s.text) for s in SOLUTIONS]
+    model = Scripted(GREEDY, [[text] * 2 for text in GREEDY])
+    got = evaluate(
+        model,
+        votes=2,
+        fits=lambda prompt: prompt != prompts[1],
+        token_logprobs=lambda tokens: table[tokens[:, :-1], tokens[:, 1:]],
+        tokenizer=tokenizer,
+    )
+    assert [call[0] for call in model.calls] == [[prompts[0], prompts[2]]] * 2
+    assert got["unparseable"] == got["majority_unparseable"] == pytest.approx(1 / 3)
+    assert got["per_solution"]["first_error"] == [-1, None, None]
+    assert got["per_solution"]["majority_overall_right"] == [True, False, False]
+    assert got["per_solution"]["soft_score"][1] == 0.5
 
 
 def test_impossible_requests_are_refused():
