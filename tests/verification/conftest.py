@@ -19,7 +19,7 @@ class Text:
 class FakeModel:
     """Texts that depend on prompt, sample number, settings and seed alone; keeps what it was asked.
 
-    One in six solutions has no steps and one in six verifications is cut short.
+    One in four solutions has no steps and one in six verifications is cut short.
     """
 
     def __init__(self, die_after=None):
@@ -54,7 +54,7 @@ class FakeModel:
         return text
 
     def solution(self, rng):
-        if rng.random() < 1 / 6:
+        if rng.random() < 1 / 4:
             return "I do not know."
         steps = "\n".join(f"<step>{rng.randrange(99)} é</step>" for _ in range(rng.randint(1, 4)))
         return f"<think>\n{steps}\n</think>\n<answer> \\boxed{{{rng.randrange(9)}}} </answer>"

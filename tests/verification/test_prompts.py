@@ -1,16 +1,21 @@
+import dataclasses
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.data.records import ParseFailure, Problem
-from spark_jax.steps import blank_line_steps, numbered_steps
+from spark_jax.rewards.format import format_ok
+from spark_jax.steps import blank_line_steps, numbered_steps, tagged_steps
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import (
     CANONICAL,
     PROMPT_PLACEHOLDERS,
     canonical_format,
     number_steps,
+    rubric_format,
 )
 
 PROBLEM = Problem("p", "What is $3+4$? ${problem}", "SECRET 7")
@@ -18,6 +23,9 @@ SOLUTION = (
     "<think>\n<step> 3+4=7 </step>\n<step>So 7.</step>\n</think>\n<answer> \\boxed{7} </answer>"
 )
 VERIFICATION = format_verification([("a", "ok"), ("b", "ok")], [True, True], True)
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
+RUBRIC = "1. It is $short$.\n2. It ends with ${a} stop."
+TASK = Problem("t", "Decline the invitation.", metadata={"rubric": RUBRIC})
 
 
 def all_prompts(text_format, problem=PROBLEM, reference="REF 7"):
@@ -33,7 +41,7 @@ def all_prompts(text_format, problem=PROBLEM, reference="REF 7"):
 
 def test_every_prompt_shows_what_it_is_about_and_only_that():
     prompts = all_prompts(CANONICAL)
-    assert set(prompts) == set(PROMPT_PLACEHOLDERS)
+    assert {*prompts, "response_format"} == set(PROMPT_PLACEHOLDERS)
     for name, prompt in prompts.items():
         assert PROBLEM.question in prompt  # a $ in a value is no placeholder
         assert ("Step 1: 3+4=7 </step>" in prompt) == (name != "solve")
@@ -64,10 +72,6 @@ def test_the_form_that_prompts_ask_for_is_the_form_that_is_read():
         parsed = CANONICAL.parse_verification(text, 2)
         assert not isinstance(parsed, ParseFailure), parsed
         assert (parsed.verdicts, parsed.overall) == ((False, True), True)
-    solve = all_prompts(CANONICAL)["solve"]
-    response = solve[solve.index("<think>") : solve.index("</answer>") + len("</answer>")]
-    assert len(CANONICAL.split_steps(response)) == 2
-    assert CANONICAL.final_answer(response) == "your final answer"
 
 
 def test_steps_are_numbered_and_nothing_else_is_changed():
@@ -149,3 +153,101 @@ def test_answers_are_compared_by_value():
         assert CANONICAL.same_answer(a, b)
     assert not CANONICAL.same_answer("1/2", "1/3")
     assert not CANONICAL.same_answer(None, None)
+
+
+@pytest.mark.parametrize("make", [canonical_format, rubric_format])
+@pytest.mark.parametrize("split_steps", [tagged_steps, numbered_steps, blank_line_steps])
+def test_the_form_that_the_policy_is_asked_for_is_the_form_that_is_read(make, split_steps):
+    """The example response in the prompt keeps every constraint, and its two steps are found."""
+    text_format = make(split_steps=split_steps)
+    solve = text_format.solve_prompt(TASK)
+    response = solve[solve.index("<think>") : solve.index("</answer>") + len("</answer>")]
+    assert format_ok(response)
+    steps = [response[a:b] for a, b in text_format.split_steps(response)]
+    assert len(steps) == 2
+    assert all(f"your {name} step" in step for name, step in zip(("first", "second"), steps))
+    assert text_format.final_answer(response) == "your final answer"
+    others = {tagged_steps, numbered_steps, blank_line_steps} - {split_steps}
+    assert all(len(other(response)) != 2 for other in others)  # it asks for these and no others
+
+
+def test_a_splitter_of_ones_own_is_asked_for_by_a_file_of_ones_own(tmp_path):
+    def by_line(text):
+        return [(m.start(), m.end()) for m in re.finditer(r"\S.*", text)]
+
+    (tmp_path / "response_format.txt").write_text("One step a line, $$5 each.\n")
+    for split_steps in (by_line, numbered_steps):
+        solve = canonical_format(tmp_path, split_steps).solve_prompt(PROBLEM)
+        assert "\n\nOne step a line, $5 each.\n\n" in solve
+        assert "<think>" not in solve
+    assert "<step>" in canonical_format(None, by_line).solve_prompt(PROBLEM)
+
+
+def test_the_rubric_is_shown_to_whoever_judges_by_it_and_to_no_policy():
+    text_format = rubric_format()
+    prompts = {
+        "solve": text_format.solve_prompt(TASK),
+        "verify": text_format.verify_prompt(TASK, SOLUTION, None),
+        "critique": text_format.critique_prompt(TASK, SOLUTION, VERIFICATION),
+        "merge": text_format.merge_prompt(TASK, SOLUTION, VERIFICATION, "CRITIQUE"),
+        **{kind: text_format.reward_prompt(kind, TASK, SOLUTION) for kind in REWARD_KINDS},
+    }
+    for name, prompt in prompts.items():
+        assert TASK.question in prompt
+        assert (RUBRIC in prompt) == (name != "solve")
+        assert ("Step 2: So 7.</step>" in prompt) == (name != "solve")
+        assert (VERIFICATION in prompt) == (name in ("critique", "merge"))
+        assert "${" not in prompt.replace(RUBRIC, "")
+    for name in ("verify", "merge"):  # the form is the canonical one, so the same parser reads it
+        shown = CANONICAL.verify_prompt(PROBLEM, SOLUTION, None)
+        form = shown[shown.index("## Step 1") : shown.index("or, where")]
+        assert form in prompts[name]
+        assert "**Verification: Is the answer correct (Yes/No)? Yes**" in prompts[name]
+
+
+def test_what_a_rubric_prompt_cannot_be_made_of_is_refused():
+    text_format = rubric_format()
+    for metadata in ({}, {"rubric": " "}, {"rubric": ["a"]}):
+        bare = dataclasses.replace(TASK, metadata=metadata)
+        with pytest.raises(ValueError, match="problem 't' has no rubric"):
+            text_format.verify_prompt(bare, SOLUTION, None)
+    with pytest.raises(ValueError, match="no references"):
+        text_format.verify_prompt(TASK, SOLUTION, "7")
+
+
+def test_rubric_prompts_are_replaced_and_checked_too(tmp_path):
+    (tmp_path / "solve.txt").write_text("${problem} (${rubric})")
+    assert rubric_format(tmp_path).solve_prompt(TASK) == f"{TASK.question} ({RUBRIC})"
+    with pytest.raises(ValueError, match=r"unknown placeholders \['rubric'\]"):
+        canonical_format(tmp_path)
+    (tmp_path / "orm.txt").write_text("${problem} ${solution}")
+    with pytest.raises(ValueError, match=r"orm\.txt: missing placeholders \['rubric'\]"):
+        rubric_format(tmp_path)
+    (tmp_path / "orm.txt").rename(tmp_path / "verify_with_reference.txt")
+    with pytest.raises(ValueError, match=r"unknown prompt files .*verify_with_reference"):
+        rubric_format(tmp_path)
+
+
+def test_free_texts_are_the_same_word_by_word():
+    same = rubric_format().same_answer
+    assert same("Dear Ann,\n  no.", "Dear Ann, no. ")
+    for a, b in [("no", "No"), (None, None), ("", ""), ("a", None)]:
+        assert not same(a, b)
+        assert not same(b, a)
+
+
+def test_prompts_end_where_the_answer_begins():
+    """A base model goes on writing: the last line must ask for the text wanted next."""
+    ends = {"solve": "Response:", "critique": "Critique:", "merge": "Final verification:"}
+    ends |= dict.fromkeys(("verify", "verify_with_reference"), "Verification:")
+    prompts = all_prompts(CANONICAL)
+    for name, end in ends.items():
+        assert prompts[name].splitlines()[-1] == end
+
+
+def test_the_readme_names_every_shipped_file_and_placeholder():
+    readme = (PROMPTS / "README.md").read_text()
+    for file in PROMPTS.rglob("*.txt"):
+        assert f"`{file.name}`" in readme or f"`{file.parent.name}/`" in readme, file
+    for name in frozenset.union(*PROMPT_PLACEHOLDERS.values()) | {"rubric", "num_steps"}:
+        assert f"`${{{name}}}`" in readme
