@@ -60,6 +60,14 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """One supervised example, as text: the loss is on the target alone."""
+
+    prompt: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """One response to a problem. `steps` holds the text of each step, in order; `answer` is what
     the response boxed, or None; `finished` says that it ended by itself, not by the token limit.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -68,6 +70,49 @@ def sft_loss(
     """The loss of `sft_step` without an update: nats per target token, for held-out data."""
     weights = aggregation_weights(target_mask(batch), "token_mean")
     return _loss(params, batch, weights, model_config, chunk)
+
+
+def pack(examples: Mapping[str, Any], length: int) -> SFTBatch:
+    """Several short examples to a row of `length` tokens, none cut: first fit, longest first.
+
+    Args:
+      examples: `tokens` and `loss_mask` [N, T], right-padded, every row with a target and ending
+        with one, as `prm.examples.tokenize_examples` makes them.
+
+    Returns:
+      NumPy arrays [M, length], M <= N. A segment sees itself alone, so the packed loss is that of
+      the examples apart.
+
+    Raises:
+      ValueError: an example is longer than `length`.
+    """
+    tokens, loss_mask = np.asarray(examples["tokens"]), np.asarray(examples["loss_mask"])
+    ends = tokens.shape[1] - np.argmax(loss_mask[:, ::-1], axis=1)
+    if ends.max() > length:
+        raise ValueError(f"an example has {ends.max()} tokens; rows of {length} cannot hold it")
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for example in np.argsort(-ends, kind="stable"):
+        fits = (row for row, room in enumerate(free) if room >= ends[example])
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(length)
+        rows[row].append(int(example))
+        free[row] -= int(ends[example])
+    packed = {
+        name: np.zeros((len(rows), length), dtype)
+        for name, dtype in (("tokens", np.int32), ("loss_mask", bool), ("segment_ids", np.int32))
+    }
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(members, start=1):
+            place = slice(start, start + int(ends[example]))
+            packed["tokens"][row, place] = tokens[example, : ends[example]]
+            packed["loss_mask"][row, place] = loss_mask[example, : ends[example]]
+            packed["segment_ids"][row, place] = segment
+            start = place.stop
+    return SFTBatch(**packed)
 
 
 def target_mask(batch: SFTBatch) -> Bool[Array, "B S"]:

@@ -9,7 +9,7 @@ from tiny_model import CONFIG, params
 
 from spark_jax.models import transformer
 from spark_jax.training import state as train_state
-from spark_jax.training.sft import SFTBatch, sft_loss, sft_step, target_mask
+from spark_jax.training.sft import SFTBatch, pack, sft_loss, sft_step, target_mask
 
 ROWS, LENGTH = 6, 9
 
@@ -116,3 +116,43 @@ def test_a_batch_without_targets_changes_nothing():
     assert float(metrics["grad_norm"]) == 0
     assert int(after.skipped) == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+def padded_examples(lengths, width, seed=0):
+    """Rows as `tokenize_examples` makes them: some prompt, a target up to the end, padding."""
+    rng = np.random.default_rng(seed)
+    lengths = np.asarray(lengths)[:, None]
+    prompt = rng.integers(1, lengths)
+    place = np.arange(width)
+    return {
+        "tokens": np.where(place < lengths, rng.integers(0, 11, (len(lengths), width)), 0),
+        "loss_mask": (place >= prompt) & (place < lengths),
+    }
+
+
+def test_packing_changes_the_rows_and_not_the_loss():
+    examples = padded_examples([5, 3, 9, 2, 4, 7, 2, 6], LENGTH)
+    packed = pack(examples, 12)
+    assert packed.tokens.shape == (4, 12)  # 38 tokens: as few rows as there can be
+    apart = LOSS(params(), SFTBatch(**jax.tree.map(jnp.asarray, examples)))
+    together = LOSS(params(), jax.tree.map(jnp.asarray, packed))
+    np.testing.assert_allclose(together, apart, rtol=1e-5)
+
+
+def test_packing_keeps_every_example_whole_and_once():
+    lengths = np.random.default_rng(1).integers(2, 30, 200)
+    examples = padded_examples(lengths, 29, seed=1)
+    packed = pack(examples, 32)
+    found = []
+    for tokens, mask, ids in zip(packed.tokens, packed.loss_mask, packed.segment_ids):
+        for segment in range(1, ids.max() + 1):
+            found.append((tuple(tokens[ids == segment]), tuple(mask[ids == segment])))
+        assert not mask[ids == 0].any()
+    rows = zip(examples["tokens"], examples["loss_mask"], lengths)
+    assert sorted(found) == sorted((tuple(t[:n]), tuple(m[:n])) for t, m, n in rows)
+    assert len(packed.tokens) <= 1.1 * lengths.sum() / 32
+
+
+def test_an_example_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="an example has 9 tokens; rows of 8 cannot hold it"):
+        pack(padded_examples([5, 9], LENGTH), 8)

@@ -1,0 +1,207 @@
+"""Tokenizers and chat templates: the Hugging Face API, whatever file they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spark_jax.data.formats import RewardKind, TextFormat
+from spark_jax.data.records import Problem
+
+# How byte-level BPE cuts text before it merges, by `tokenizer.ggml.pre` of a GGUF file.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS = {"llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
+_CONTROL = 3  # token_type of special tokens; 4 is user-defined
+_USER_DEFINED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """How a prompt becomes what the model is shown.
+
+    Attributes:
+        template: "auto" renders the prompt as a user's turn with the tokenizer's own chat template
+            where it has one, "always" refuses a tokenizer without one, "never" leaves prompts as
+            they stand, as base models want them.
+        system: the system's turn; None leaves it out (some templates then put their own).
+        arguments: more arguments of the template, such as Qwen3's `enable_thinking`.
+    """
+
+    template: str = "auto"
+    system: str | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.template not in ("auto", "always", "never"):
+            raise ValueError(f"chat.template={self.template!r}; choose auto, always or never")
+        if self.template == "never" and (self.system is not None or self.arguments):
+            raise ValueError(
+                "chat.system and chat.arguments need a chat template, but chat.template='never'; "
+                "write what the model shall see into the prompt files"
+            )
+
+
+def load(path: str | Path) -> Any:
+    """The tokenizer of a checkpoint directory or of a GGUF file.
+
+    Raises:
+        FileNotFoundError: no tokenizer there.
+        ValueError: a GGUF file's tokenizer is of a kind that is not read here, or no end token.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        tokenizer = _from_gguf(path)
+    else:
+        from transformers import AutoTokenizer
+
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(f"{path} holds none of {_TOKENIZER_FILES}: no tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no end token (eos_token); set one and save it")
+    if tokenizer.pad_token_id is None:  # masks say what counts, so that any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end token, and those of the checkpoint's
+    `generation_config.json` (chat models end a turn with another token than a text)."""
+    file = Path(path) / "generation_config.json"
+    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *listed)))
+
+
+def render(tokenizer: Any, prompt: str, options: ChatOptions) -> str:
+    """What the model is shown for a prompt, special tokens included: encode it as it stands.
+
+    Without a chat template that is the prompt, after the token that the tokenizer begins texts with
+    where it does (Llama's base models).
+
+    Raises:
+        ValueError: `template="always"` and there is none; a system turn or template arguments, and
+            no template to put them in.
+    """
+    if options.template == "never" or tokenizer.chat_template is None:
+        if options.template == "always" or options.system is not None or options.arguments:
+            raise ValueError(
+                f"chat={options} needs a chat template, and the tokenizer of "
+                f"{tokenizer.name_or_path!r} has none; set chat.template to 'never'"
+            )
+        return _first_token(tokenizer) + prompt
+    turns = [{"role": "user", "content": prompt}]
+    if options.system is not None:
+        turns.insert(0, {"role": "system", "content": options.system})
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, **options.arguments
+    )
+
+
+def chat_format(text_format: TextFormat, tokenizer: Any, options: ChatOptions) -> TextFormat:
+    """The format with every prompt rendered for one model: stages encode prompts as they stand."""
+
+    def shown(prompt: str) -> str:
+        return render(tokenizer, prompt, options)
+
+    def solve_prompt(problem: Problem) -> str:
+        return shown(text_format.solve_prompt(problem))
+
+    def verify_prompt(problem: Problem, solution: str, reference: str | None) -> str:
+        return shown(text_format.verify_prompt(problem, solution, reference))
+
+    def critique_prompt(problem: Problem, solution: str, verification: str) -> str:
+        return shown(text_format.critique_prompt(problem, solution, verification))
+
+    def merge_prompt(problem: Problem, solution: str, verification: str, critique: str) -> str:
+        return shown(text_format.merge_prompt(problem, solution, verification, critique))
+
+    def reward_prompt(kind: RewardKind, problem: Problem, solution: str) -> str:
+        return shown(text_format.reward_prompt(kind, problem, solution))
+
+    return dataclasses.replace(
+        text_format,
+        solve_prompt=solve_prompt,
+        verify_prompt=verify_prompt,
+        critique_prompt=critique_prompt,
+        merge_prompt=merge_prompt,
+        reward_prompt=reward_prompt,
+    )
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def _first_token(tokenizer: Any) -> str:
+    """The text of the token that the tokenizer puts before every text; "" where it puts none."""
+    begins_with = tokenizer("")["input_ids"][:1]
+    starts = bool(begins_with) and begins_with[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token if starts else ""
+
+
+def _from_gguf(path: Path) -> Any:
+    """A fast tokenizer from a GGUF file's metadata: byte-level BPE, cut as the model was trained.
+
+    transformers' own import of a GGUF tokenizer needs torch and forgets SmolLM2's cut.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from spark_jax.models import gguf
+
+    fields = gguf.metadata(path)
+    if fields.get("tokenizer.ggml.model") != "gpt2":
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model={fields.get('tokenizer.ggml.model')!r} is not read, "
+            "only byte-level BPE ('gpt2') is; load a directory with the model's tokenizer.json"
+        )
+    words, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=False))
+    backend.pre_tokenizer = _pre_tokenizer(path, fields.get("tokenizer.ggml.pre"))
+    backend.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        found = [word for word, type_ in zip(words, types, strict=True) if type_ == kind]
+        added = [AddedToken(word, special=special, normalized=False) for word in found]
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
+
+    def word(name: str) -> str | None:
+        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        return None if index is None else words[index]
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=word("bos"),
+        eos_token=word("eos"),
+        unk_token=word("unknown"),
+        pad_token=word("padding"),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _pre_tokenizer(path: Path, name: str | None) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if name == "smollm":  # digits one by one, then GPT-2's cut
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    if name not in _CUTS:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre={name!r} is not known, only {['smollm', *_CUTS]}; load a "
+            "directory with the model's tokenizer.json"
+        )
+    cut = pre_tokenizers.Split(Regex(_CUTS[name]), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
