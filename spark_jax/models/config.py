@@ -9,6 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from spark_jax.models import rotary
+from spark_jax.models.rotary import RopeScaling
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -31,9 +34,11 @@ class ModelConfig:
     head_dim: int
     mlp_width: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied_embeddings: bool = True
     qkv_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
     max_positions: int = 4096
     dtype: str = "float32"
@@ -61,49 +66,59 @@ class ModelConfig:
 
 
 def from_hf(hf: Mapping[str, Any], *, dtype: str = "float32") -> ModelConfig:
-    """Reads the dictionary of a Hugging Face `config.json`.
+    """Reads the dictionary of a Hugging Face `config.json`. Generation settings in it (stop tokens,
+    for one) are no part of a `ModelConfig`.
 
     Raises:
-      ValueError: an architecture, activation or rotary scaling that this library does not compute.
+      ValueError: a missing field, or an architecture, activation, rotary scaling, attention window
+        or quantisation that this library does not compute, by name.
     """
     model_type = hf.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"model_type={model_type!r} is not supported; have {sorted(ARCHITECTURES)}"
         )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(f"rotary scaling {scaling!r} is not supported; only 'default' is")
-    if hf.get("use_sliding_window"):
-        raise ValueError("use_sliding_window=true is not supported; set it to false")
-    if model_type == "llama" and (hf.get("attention_bias") or hf.get("mlp_bias")):
-        raise ValueError("attention_bias or mlp_bias in a llama config is not supported")
-    heads = hf["num_attention_heads"]
+    _refuse_what_is_not_computed(hf, model_type)
+    for name in _REQUIRED:
+        if hf.get(name) is None:
+            raise ValueError(f"the field {name!r} is missing")
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    theta, scaling = rotary.from_hf(hf)
+    biased = bool(hf.get("attention_bias")) and model_type != "qwen2"
     return ModelConfig(
         vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
+        width=width,
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        head_dim=hf.get("head_dim") or width // heads,
         mlp_width=hf["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2",
+        qkv_bias=model_type == "qwen2" or biased,
+        output_bias=biased,
         qk_norm=model_type == "qwen3",
-        max_positions=hf.get("max_position_embeddings", 4096),
+        max_positions=hf["max_position_embeddings"],
         dtype=dtype,
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` dictionary that transformers and vLLM read back."""
-    model_type = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-    return {
+    """The `config.json` dictionary that transformers and vLLM read back.
+
+    Raises:
+      ValueError: biases that no architecture of transformers has.
+    """
+    biases = (config.qkv_bias, config.output_bias)
+    model_type = "qwen3" if config.qk_norm else "qwen2" if biases == (True, False) else "llama"
+    if biases not in {(False, False), (True, True)} and model_type != "qwen2":
+        raise ValueError(
+            f"no architecture of transformers has qkv_bias={config.qkv_bias}, "
+            f"output_bias={config.output_bias}, qk_norm={config.qk_norm}"
+        )
+    hf = {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
@@ -114,9 +129,53 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_width,
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
         "max_position_embeddings": config.max_positions,
-        "attention_bias": False,
+        **rotary.to_hf(config.rope_theta, config.rope_scaling),
     }
+    return hf if model_type == "qwen2" else hf | {"attention_bias": config.output_bias}
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+def _refuse_what_is_not_computed(hf: Mapping[str, Any], model_type: str) -> None:
+    architectures = hf.get("architectures") or [ARCHITECTURES[model_type]]
+    if architectures != [ARCHITECTURES[model_type]]:
+        raise ValueError(
+            f"architectures={architectures} is not supported; have {sorted(ARCHITECTURES.values())}"
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
+    if hf.get("mlp_bias"):
+        raise ValueError("mlp_bias=true is not supported")
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"quantization_config with quant_method={method!r} is not supported; bring the model's "
+            "unquantised checkpoint"
+        )
+    windowed = [kind for kind in _layer_types(hf) if kind != "full_attention"]
+    if windowed:
+        raise ValueError(
+            f"{len(windowed)} layers with {sorted(set(windowed))} are not supported; only full "
+            "attention is (use_sliding_window, layer_types)"
+        )
+
+
+def _layer_types(hf: Mapping[str, Any]) -> list[str]:
+    """As transformers decides them: a window that is set but not in use changes nothing."""
+    if hf.get("layer_types"):
+        return list(hf["layer_types"])
+    if not hf.get("use_sliding_window") or hf.get("sliding_window", 4096) is None:
+        return []
+    first, layers = hf.get("max_window_layers", 28), hf.get("num_hidden_layers") or 0
+    return ["sliding_attention"] * max(layers - first, 0)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spark_jax.models import rotary
 from spark_jax.models.cache import Cache, PromptCache, Segment
 from spark_jax.models.config import ModelConfig
 
@@ -44,6 +45,7 @@ class Layer:
     query_bias: Any = None  # [H, K]
     key_bias: Any = None  # [H_kv, K]
     value_bias: Any = None  # [H_kv, K]
+    output_bias: Any = None  # [D]
     query_norm: Any = None  # [K]
     key_norm: Any = None  # [K]
 
@@ -79,6 +81,7 @@ def init(config: ModelConfig, key: Array) -> Params:
         query_bias=jnp.zeros((n, h, k)) if config.qkv_bias else None,
         key_bias=jnp.zeros((n, h_kv, k)) if config.qkv_bias else None,
         value_bias=jnp.zeros((n, h_kv, k)) if config.qkv_bias else None,
+        output_bias=jnp.zeros((n, d)) if config.output_bias else None,
         query_norm=jnp.ones((n, k)) if config.qk_norm else None,
         key_norm=jnp.ones((n, k)) if config.qk_norm else None,
     )
@@ -88,6 +91,41 @@ def init(config: ModelConfig, key: Array) -> Params:
         final_norm=jnp.ones(d),
         head=None if config.tied_embeddings else normal((d, config.vocab_size), d),
     )
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The names of every parameter's axes, as a tuple in the parameter's place; None for an axis
+    that is never sharded. `parallel.sharding` says where the names lie on a mesh."""
+    heads, kv_heads = ("layers", "heads", None), ("layers", "kv_heads", None)
+    layers = Layer(
+        attention_norm=("layers", None),
+        query=("layers", "width", "heads", None),
+        key=("layers", "width", "kv_heads", None),
+        value=("layers", "width", "kv_heads", None),
+        output=("layers", "heads", None, "width"),
+        mlp_norm=("layers", None),
+        gate=("layers", "width", "mlp"),
+        up=("layers", "width", "mlp"),
+        down=("layers", "mlp", "width"),
+        query_bias=heads if config.qkv_bias else None,
+        key_bias=kv_heads if config.qkv_bias else None,
+        value_bias=kv_heads if config.qkv_bias else None,
+        output_bias=("layers", None) if config.output_bias else None,
+        query_norm=("layers", None) if config.qk_norm else None,
+        key_norm=("layers", None) if config.qk_norm else None,
+    )
+    return Params(
+        embedding=("vocab", "width"),
+        layers=layers,
+        final_norm=(None,),
+        head=None if config.tied_embeddings else ("width", "vocab"),
+    )
+
+
+def shapes(config: ModelConfig) -> Params:
+    """Shape and dtype (the compute dtype) of every parameter, layers stacked; computes nothing."""
+    drawn = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.compute_dtype), drawn)
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
@@ -219,11 +257,11 @@ def _run(
     per_layer: Any = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Embeds, runs every layer, norms. Scans stacked layers and unrolls a tuple of them."""
-    rotary = _rotary_table(positions, config)
+    angles = _rotary_table(positions, config)
     x = jnp.take(params.embedding, tokens, axis=0).astype(config.compute_dtype)
 
     def step(x: Array, inputs: tuple[Layer, Any]) -> tuple[Array, Any]:
-        return _layer(x, inputs[0], config, rotary, lambda q, k, v: attend(q, k, v, inputs[1]))
+        return _layer(x, inputs[0], config, angles, lambda q, k, v: attend(q, k, v, inputs[1]))
 
     if isinstance(params.layers, tuple):
         outputs = []
@@ -241,7 +279,7 @@ def _layer(
     x: Float[Array, "B T D"],
     layer: Layer,
     config: ModelConfig,
-    rotary: tuple[Array, Array],
+    angles: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
 ) -> tuple[Float[Array, "B T D"], Any]:
     h = _rms_norm(x, layer.attention_norm, config.norm_eps)
@@ -251,8 +289,8 @@ def _layer(
     if config.qk_norm:
         q = _rms_norm(q, layer.query_norm, config.norm_eps)
         k = _rms_norm(k, layer.key_norm, config.norm_eps)
-    attended, output = attend(_rotate(q, rotary), _rotate(k, rotary), v)
-    x = x + _dot("bthk,hkd->btd", attended, layer.output)
+    attended, output = attend(_rotate(q, angles), _rotate(k, angles), v)
+    x = x + _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
     h = _rms_norm(x, layer.mlp_norm, config.norm_eps)
     gated = jax.nn.silu(_dot("btd,df->btf", h, layer.gate)) * _dot("btd,df->btf", h, layer.up)
     return x + _dot("btf,fd->btd", gated, layer.down), output
@@ -274,15 +312,27 @@ def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 def _rotary_table(positions: Int[Array, "B T"], config: ModelConfig) -> tuple[Array, Array]:
     """Cosines and sines [B, T, 1, K/2] in float32."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    _refuse_unscaled_positions(positions.shape[1], config)
+    frequency = rotary.frequencies(config.head_dim, config.rope_theta, scaling)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    factor = rotary.attention_factor(scaling)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def _rotate(x: Float[Array, "B T H K"], rotary: tuple[Array, Array]) -> Float[Array, "B T H K"]:
+def _refuse_unscaled_positions(length: int, config: ModelConfig) -> None:
+    """Dynamic scaling is known up to `max_positions` only; `decoding.generate` checks its own."""
+    dynamic = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
+    if dynamic and length > config.max_positions:
+        raise ValueError(
+            f"sequences of {length} tokens, but the model has max_positions={config.max_positions} "
+            "and its 'dynamic' rotary scaling is not computed beyond; shorten them"
+        )
+
+
+def _rotate(x: Float[Array, "B T H K"], angles: tuple[Array, Array]) -> Float[Array, "B T H K"]:
     """Rotary embedding in the half-split layout of Hugging Face checkpoints."""
-    cos, sin = rotary
+    cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
