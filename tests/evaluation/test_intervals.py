@@ -1,5 +1,7 @@
 """Intervals against scipy, and their coverage."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,7 +9,9 @@ import scipy.stats
 from spark_jax.evaluation.intervals import (
     Interval,
     bootstrap_interval,
+    crossed_interval,
     paired_bootstrap_interval,
+    paired_crossed_interval,
     paired_permutation_test,
     t_interval,
 )
@@ -76,6 +80,54 @@ def test_a_paired_interval_uses_the_pairs():
     assert 0.9 < got.low < got.estimate < got.high < 1.1
 
 
+def test_a_crossed_interval_against_all_resamples():
+    values = np.random.default_rng(5).normal(size=(2, 3))
+    means = [
+        values[np.ix_(seeds, problems)].mean()
+        for seeds in itertools.product(range(2), repeat=2)
+        for problems in itertools.product(range(3), repeat=3)
+    ]
+    got = crossed_interval(values, level=0.8, resamples=40_000)
+    np.testing.assert_allclose([got.low, got.high], np.quantile(means, [0.1, 0.9]), atol=0.02)
+    assert got.estimate == pytest.approx(values.mean())
+    assert got == crossed_interval(values, level=0.8, resamples=40_000)
+    assert got != crossed_interval(values, level=0.8, resamples=40_000, seed=1)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_crossed_intervals_width_is_that_of_both_sources_of_variance(runs):
+    """Seeds a and problems b add up: var = var(a) / S + var(b) / n; b cancels between two runs."""
+    rng = np.random.default_rng(6)
+    problems = rng.normal(0, 3, 400)
+    of_seeds = [rng.normal(0, 0.5, count) for count in (30, 20)]
+    values = [seeds[:, None] + problems for seeds in of_seeds]
+    variances = [seeds.var() / len(seeds) for seeds in of_seeds]
+    if runs == 1:
+        got = crossed_interval(values[0])
+        deviation = (variances[0] + problems.var() / 400) ** 0.5
+    else:
+        got = paired_crossed_interval(*values)
+        deviation = sum(variances) ** 0.5
+        assert got.estimate == pytest.approx(of_seeds[0].mean() - of_seeds[1].mean())
+    half = scipy.stats.norm.ppf(0.975) * deviation
+    np.testing.assert_allclose([got.high - got.low], [2 * half], rtol=0.04)
+    np.testing.assert_allclose([(got.high + got.low) / 2], [got.estimate], atol=0.1 * half)
+
+
+def test_a_crossed_interval_covers_where_one_over_problems_alone_does_not():
+    rng = np.random.default_rng(7)
+    crossed = problems_only = 0
+    for trial in range(150):
+        chance = 0.5 + rng.normal(0, 0.08, 6)[:, None] + rng.normal(0, 0.1, 60)
+        values = rng.random((6, 60)) < chance
+        got = crossed_interval(values, resamples=300, seed=trial)
+        crossed += got.low <= 0.5 <= got.high
+        got = bootstrap_interval(values.mean(axis=0), resamples=300, seed=trial)
+        problems_only += got.low <= 0.5 <= got.high
+    assert 132 <= crossed <= 149  # 95 % of 150 is 142
+    assert problems_only < 125
+
+
 @pytest.mark.parametrize("n", [8, 60])
 def test_permutation_test_against_scipy(n):
     rng = np.random.default_rng(n)
@@ -100,6 +152,19 @@ def test_permutation_test_by_hand():
     assert 0 < paired_permutation_test(np.ones(50), np.zeros(50), resamples=100) <= 1 / 101 + 1e-12
 
 
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 2), (2, 2), (9, 41), (200, 150)])
+def test_right_and_wrong_are_compared_exactly(better, worse):
+    first = np.array([True] * better + [False] * worse + [True, False] * 30)
+    second = np.array([False] * better + [True] * worse + [True, False] * 30)
+    n = better + worse
+    expected = scipy.stats.binomtest(better, n).pvalue if n else 1.0
+    assert paired_permutation_test(first, second, resamples=1) == pytest.approx(expected)
+    if n <= 5:
+        patterns = itertools.product((-1, 1), repeat=n)
+        shares = [abs(sum(signs)) >= abs(better - worse) for signs in patterns]
+        assert expected == np.mean(shares)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_sums_count_as_equal_whatever_their_rounding(seed):
     difference = np.random.default_rng(seed).choice([0.1, 0.2, 0.3, 0.7, 1 / 3], 8)
@@ -115,5 +180,11 @@ def test_bad_input_is_refused():
         bootstrap_interval(np.ones(4), level=95.0)
     with pytest.raises(ValueError, match="value 1 is not finite"):
         bootstrap_interval(np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match="1 seed: an interval over seeds needs at least 2"):
+        crossed_interval(np.ones((1, 9)))
+    with pytest.raises(ValueError, match="runs on 9 and 8 problems"):
+        paired_crossed_interval(np.ones((2, 9)), np.ones((3, 8)))
+    with pytest.raises(ValueError, match="at least 1 values"):
+        crossed_interval(np.ones((2, 0)))
     with pytest.raises(ValueError, match="resamples=0"):
         bootstrap_interval(np.ones(4), resamples=0)
