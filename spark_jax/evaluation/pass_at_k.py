@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from spark_jax.evaluation.grading import in_threads
 from spark_jax.rewards.outcome import majority_answer
 
 
@@ -42,18 +43,16 @@ def maj_at_k(
 ) -> Float64[np.ndarray, "P"]:
     """1 where the majority of a problem's answers equals the reference, else 0.
 
-    Ties go to the answer that appeared first; a problem nobody answered is wrong. Raises ValueError
-    if answers and references differ in number.
+    Ties go to the answer that appeared first; a problem nobody answered is wrong. `same_answer` is
+    called from several threads. Raises ValueError if answers and references differ in number.
     """
     if len(answers) != len(references):
         raise ValueError(f"maj@k: answers to {len(answers)} problems, {len(references)} references")
-    return np.array(
-        [
-            float(same_answer(majority_answer(group, same_answer), reference))
-            for group, reference in zip(answers, references)
-        ],
-        np.float64,
-    )
+
+    def grade(group: Sequence[str | None], reference: str) -> bool:
+        return same_answer(majority_answer(group, same_answer), reference)
+
+    return np.array(in_threads(grade, answers, references), np.float64)
 
 
 def _need_samples(correct: Bool[np.ndarray, "P k"]) -> None:

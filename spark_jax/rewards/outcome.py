@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float32
 
+from spark_jax.evaluation.grading import in_threads
 from spark_jax.rewards.format import valid_part
 from spark_jax.rewards.records import RewardInputs
 
@@ -20,15 +21,15 @@ def rule_based(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
 
     Raises ValueError naming a problem that has no reference.
     """
-    rewards = np.zeros(len(batch.responses), np.float32)
-    for row, (problem, answer) in enumerate(zip(batch.problems, _answers(batch))):
-        if problem.answer is None:
-            raise ValueError(
-                f"the rule_based reward needs a reference answer, but problem {problem.id!r} (row "
-                f"{row}) has none; give it one or choose a reward without references"
-            )
-        rewards[row] = batch.format.same_answer(answer, problem.answer)
-    return rewards
+    references = [problem.answer for problem in batch.problems]
+    if None in references:
+        row = references.index(None)
+        raise ValueError(
+            f"the rule_based reward needs a reference answer, but problem "
+            f"{batch.problems[row].id!r} (row {row}) has none; give it one or choose a reward "
+            f"without references"
+        )
+    return _by_group(batch, references)
 
 
 def majority_vote(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
@@ -36,14 +37,7 @@ def majority_vote(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
 
     Our reading: responses that break the format do not vote.
     """
-    answers = _answers(batch)
-    rewards = np.zeros(len(answers), np.float32)
-    for start in range(0, len(answers), batch.group_size):
-        group = answers[start : start + batch.group_size]
-        majority = majority_answer(group, batch.format.same_answer)
-        for row, answer in enumerate(group, start):
-            rewards[row] = batch.format.same_answer(answer, majority)
-    return rewards
+    return _by_group(batch, None)
 
 
 def random(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
@@ -76,6 +70,28 @@ def majority_answer(
             classes.append(answer)
             counts.append(1)
     return classes[counts.index(max(counts))] if classes else None
+
+
+def _by_group(
+    batch: RewardInputs, references: Sequence[str | None] | None
+) -> Float32[np.ndarray, "B"]:
+    """1 where an answer equals its reference, or its group's majority without references.
+
+    Groups are graded in threads: comparing answers of real text means waiting for a worker.
+    """
+    same_answer, size = batch.format.same_answer, batch.group_size
+    answers = _answers(batch)
+
+    def grade(start: int) -> list[bool]:
+        group = answers[start : start + size]
+        if references is None:
+            right = [majority_answer(group, same_answer)] * len(group)
+        else:
+            right = list(references[start : start + size])
+        return [same_answer(answer, other) for answer, other in zip(group, right, strict=True)]
+
+    groups = in_threads(grade, range(0, len(answers), size))
+    return np.array([same for group in groups for same in group], np.float32)
 
 
 def _answers(batch: RewardInputs) -> list[str | None]:

@@ -173,7 +173,7 @@ def test_any_text_is_graded(a, b):
 
 # Agreement with math-verify
 
-INTEGER = st.integers(-3000, 3000) | st.integers(-(10**12), 10**12)
+INTEGER = st.integers(-3000, 3000) | st.integers(1 - 10**12, 10**12 - 1)
 NUMBER = st.one_of(
     INTEGER.map(str),
     st.tuples(INTEGER, INTEGER.filter(bool)).map(lambda pair: f"{pair[0]}/{abs(pair[1])}"),
@@ -184,9 +184,9 @@ NUMBER = st.one_of(
         st.integers(0, 60),
         st.integers(1, 60),
     ),
-    st.decimals(-2000, 2000, places=1).map(str),
-    st.decimals(-10, 10, places=6).map(str),
-    st.decimals(-(10**9), 10**9, places=3).map(str),
+    st.decimals(-2000, 2000, places=1).map("{:f}".format),
+    st.decimals(-10, 10, places=6).map("{:f}".format),
+    st.decimals(-(10**9), 10**9, places=3).map("{:f}".format),
     st.sampled_from(["-0", "0", "0.0", "-0.0", "1/100", "0.01", "0.333333", "0.333334", "1/3"]),
 )
 
@@ -340,6 +340,20 @@ def test_threads_share_the_workers_and_get_their_own_answers():
         assert list(threads.map(lambda pair: grader.same_answer(*pair), pairs)) == expected
         assert grader.counts()["started"] == 2
         assert len(grader.process_ids()) == 2
+
+
+def test_rows_are_graded_side_by_side_in_their_order():
+    together = threading.Barrier(2, timeout=30)
+
+    def grade(a, b):
+        together.wait()  # never passed by one thread alone
+        return a - b
+
+    assert grading.in_threads(grade, range(10, 16), [1] * 6) == [9, 10, 11, 12, 13, 14]
+    with pytest.raises(ZeroDivisionError):
+        grading.in_threads(lambda n: 1 / n, [1, 0, 2])
+    with pytest.raises(ValueError, match=r"columns of \[2, 1\] rows"):
+        grading.in_threads(grade, [1, 2], [1])
 
 
 def test_a_killed_worker_is_replaced(caplog):
