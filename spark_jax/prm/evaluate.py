@@ -93,20 +93,11 @@ class Opinion:
 
 
 def evaluate_reward_model(
-    sample: Sample,
-    text_format: TextFormat,
-    kind: JudgeKind,
-    problems: Sequence[Problem],
-    solutions: Sequence[Solution],
-    *,
-    settings: SamplingSettings,
-    seed: int,
-    **more: Any,
+    judge: Judge, problems: Sequence[Problem], solutions: Sequence[Solution], *, seed: int
 ) -> dict[str, Any]:
     """Scores of a reward model against what is known of `solutions`.
 
     Args:
-        sample, text_format, kind, settings, and `more`: the fields of `Judge`.
         problems: those of the solutions, in any order; shown without their reference answers.
         solutions: with `correct` and `step_labels` where they are known; those without count in no
             score that needs them. Their text must be what a reward model is shown,
@@ -114,10 +105,9 @@ def evaluate_reward_model(
 
     Returns: JSON values, those of `judgement_scores` and num_solutions.
 
-    Raises ValueError for a solution that is not as said above, and what `Judge` refuses.
+    Raises ValueError for a solution that is not as said above.
     """
-    judge = Judge(sample, text_format, kind, settings, **more)
-    _check(text_format, problems, solutions)
+    _check(judge.text_format, problems, solutions)
     by_id = {problem.id: problem for problem in problems}
     asked_about = [by_id[solution.problem_id] for solution in solutions]
     opinions = judge_solutions(judge, asked_about, [s.text for s in solutions], seed)
@@ -125,7 +115,7 @@ def evaluate_reward_model(
         None if s.step_labels is None else processbench.first_error(s.step_labels)
         for s in solutions
     ]
-    scores = judgement_scores(opinions, kind, labels, [s.correct for s in solutions])
+    scores = judgement_scores(opinions, judge.kind, labels, [s.correct for s in solutions])
     return {"num_solutions": len(solutions), **scores}
 
 

@@ -14,7 +14,7 @@ from spark_jax.data.arithmetic_chains import world
 from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import Problem, SamplingSettings, Solution
-from spark_jax.prm.evaluate import evaluate_reward_model, judge_format
+from spark_jax.prm.evaluate import Judge, evaluate_reward_model, judge_format
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import CANONICAL
 
@@ -57,9 +57,10 @@ class Scripted:
         return [[types.SimpleNamespace(text=text) for text in script[row]] for row in rows]
 
 
-def evaluate(model, kind="prm", solutions=SOLUTIONS, **more):
-    more = {"settings": SETTINGS, "seed": 3} | more
-    return evaluate_reward_model(model, FORMAT, kind, [PROBLEM], solutions, **more)
+def evaluate(model, kind="prm", solutions=SOLUTIONS, problems=(PROBLEM,), **more):
+    seed, settings = more.pop("seed", 3), more.pop("settings", SETTINGS)
+    judge = Judge(model, FORMAT, kind, settings, **more)
+    return evaluate_reward_model(judge, problems, solutions, seed=seed)
 
 
 GREEDY = [
@@ -161,9 +162,7 @@ def test_figures_are_json_and_those_of_loops_on_many_solutions():
         return [[types.SimpleNamespace(text=text) for text in row] for row in rows]
 
     shuffled = rng.sample(problems, len(problems))
-    got = evaluate_reward_model(
-        model, FORMAT, "prm_cot", shuffled, solutions, settings=SETTINGS, seed=0, votes=5
-    )
+    got = evaluate(model, "prm_cot", solutions, shuffled, votes=5)
     assert json.loads(json.dumps(got)) == got
     hits = {True: [], False: []}
     for i, solution in enumerate(solutions):
@@ -235,14 +234,9 @@ def test_the_reward_model_never_sees_a_reference():
                 raise AssertionError("the reference was read")
             return super().__getattribute__(name)
 
-    evaluate_reward_model(
+    evaluate(
         Scripted(GREEDY, [[text] * 2 for text in GREEDY]),
-        FORMAT,
-        "prm",
-        [Watched("p", PROBLEM.question, "2")],
-        SOLUTIONS,
-        settings=SETTINGS,
-        seed=0,
+        problems=[Watched("p", PROBLEM.question, "2")],
         votes=2,
         token_logprobs=lambda tokens: table[tokens[:, :-1], tokens[:, 1:]],
         tokenizer=tokenizer,

@@ -1,0 +1,220 @@
+"""A policy on problems whose answers can be graded: avg@k, pass@k, maj@k (method page, section 3).
+
+`sample_responses` fills a file that goes on where it stopped, `policy_scores` scores any responses:
+also those to problems without references, of which it reports what is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from spark_jax.data.formats import Sample, TextFormat
+from spark_jax.data.records import Problem, Provenance, SamplingSettings
+from spark_jax.data.resumable import Chunk, OnProgress, continue_file, in_chunks, provenance
+from spark_jax.evaluation.grading import in_threads
+from spark_jax.evaluation.intervals import Interval, bootstrap_interval
+from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
+from spark_jax.rewards.format import format_ok, valid_part
+
+# The six of SPARK (arXiv 2512.03244): names of tasks.
+BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "olympiadbench", "minerva")
+
+AnswerFrom = Literal["format", "last_boxed"]
+ANSWER_FROM: tuple[AnswerFrom, ...] = ("format", "last_boxed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One sampled response. `num_tokens` were generated, None where the sampler does not tell."""
+
+    problem_id: str
+    index: int
+    text: str
+    num_tokens: int | None
+    finished: bool
+    provenance: Provenance
+
+
+def sample_responses(
+    sample: Sample,
+    problems: Sequence[Problem],
+    text_format: TextFormat,
+    *,
+    samples_per_problem: int,
+    settings: SamplingSettings,
+    seed: int,
+    path: str | os.PathLike[str],
+    model: str,
+    chunk_size: int = 32,
+    on_progress: OnProgress | None = None,
+) -> list[list[Response]]:
+    """k responses to each problem, in a JSON-lines file that is made or continued.
+
+    Args:
+        problems: with different ids. The reference answers are not read.
+        samples_per_problem: k.
+        model: its name, for provenance.
+        chunk_size: problems per call of `sample`; it enters the seeds.
+        on_progress: (problems done, problems in all).
+
+    Raises ValueError for a file that another call wrote.
+    """
+    k = samples_per_problem
+
+    def chunk(members: Sequence[Problem]) -> Chunk:
+        prompts = [text_format.solve_prompt(_without_answer(problem)) for problem in members]
+        keys = [(problem.id, index) for problem in members for index in range(k)]
+        return Chunk(list(zip(members, prompts)), keys, provenance(model, settings, seed, prompts))
+
+    def make(chunk: Chunk) -> list[Response]:
+        made = chunk.provenance
+        groups = sample(
+            [prompt for _, prompt in chunk.members],
+            samples_per_prompt=k,
+            settings=settings,
+            seed=made.sample_seed,
+        )
+        return [
+            Response(problem.id, index, said.text, _num_tokens(said), said.finished, made)
+            for (problem, _), group in zip(chunk.members, groups, strict=True)
+            for index, said in enumerate(group)
+        ]
+
+    rows = continue_file(
+        path,
+        Response,
+        [chunk(members) for members in in_chunks(problems, chunk_size)],
+        make,
+        lambda record: (record.problem_id, record.index),
+        on_progress=on_progress,
+    )
+    return [rows[start : start + k] for start in range(0, len(rows), k)]
+
+
+def read_answer(text_format: TextFormat, text: str, answer_from: AnswerFrom) -> str | None:
+    """The answer that counts in a response.
+
+    "format", as in training: that in the valid part, None where the response breaks the format
+    (`rewards.format.FORMAT_CHECKS`). "last_boxed", for models that were never taught the format:
+    the last box of the whole text.
+    """
+    if answer_from == "last_boxed":
+        return text_format.final_answer(text)
+    return text_format.final_answer(valid_part(text)) if format_ok(text) else None
+
+
+def policy_scores(
+    text_format: TextFormat,
+    problems: Sequence[Problem],
+    responses: Sequence[Sequence[Any]],
+    answer_from: AnswerFrom = "format",
+) -> dict[str, Any]:
+    """How good k responses to each problem are, as JSON values.
+
+    Args:
+        responses: per problem k ≥ 1, each with `.text`, `.finished` and `.num_tokens` or
+            `.token_ids`.
+        answer_from: how answers are read (`read_answer`).
+
+    Returns: over the problems that have a reference, None where none has:
+        accuracy: avg@k, {"estimate", "low", "high"} with its 95 % bootstrap interval over problems.
+        pass@k, maj@k: means.
+        correct_per_problem: each problem's share of right responses, None without a reference.
+      over all responses:
+        response_length: mean, in tokens; None where the sampler does not tell.
+        format_kept, finished, answered: shares; `answered` has an answer to be graded.
+        steps: mean number of steps.
+      num_problems, num_with_reference, samples_per_problem (k).
+    """
+    k = len(responses[0])
+    answers = [[read_answer(text_format, said.text, answer_from) for said in g] for g in responses]
+    known = [row for row, problem in enumerate(problems) if problem.answer is not None]
+    graded = _graded(
+        text_format.same_answer, [answers[row] for row in known], [problems[row] for row in known]
+    )
+    said_all = [said for group in responses for said in group]
+    lengths = [_num_tokens(said) for said in said_all]
+    shares = dict(zip(known, graded.pop("shares")))
+    return {
+        "accuracy": {"estimate": None, "low": None, "high": None},
+        f"pass@{k}": None,
+        f"maj@{k}": None,
+        **graded,
+        "response_length": None if None in lengths else _mean(lengths),
+        "format_kept": _mean([format_ok(said.text) for said in said_all]),
+        "finished": _mean([said.finished for said in said_all]),
+        "answered": _mean([answer is not None for group in answers for answer in group]),
+        "steps": _mean([len(text_format.split_steps(said.text)) for said in said_all]),
+        "num_problems": len(problems),
+        "num_with_reference": len(known),
+        "samples_per_problem": k,
+        "correct_per_problem": [shares.get(row) for row in range(len(problems))],
+    }
+
+
+def mean_accuracy(
+    shares: Mapping[str, Sequence[float]],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The unweighted mean of benchmarks' accuracies, with its bootstrap interval.
+
+    Problems are resampled within each benchmark. `shares`: benchmark -> share of right responses to
+    each problem. Raises ValueError for no benchmarks.
+    """
+    if not shares:
+        raise ValueError("mean_accuracy: no benchmarks")
+    rng = np.random.default_rng(seed)
+    draws = []
+    for values in shares.values():
+        # How often each different share is drawn is multinomial: no need to draw problems.
+        different, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+        drawn = rng.multinomial(len(values), counts / len(values), size=resamples)
+        draws.append(drawn @ different / len(values))
+    low, high = np.quantile(np.mean(draws, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    estimate = np.mean([np.mean(values) for values in shares.values()])
+    return Interval(float(estimate), float(low), float(high))
+
+
+def _graded(
+    same_answer: Callable[[str | None, str | None], bool],
+    answers: Sequence[Sequence[str | None]],
+    problems: Sequence[Problem],
+) -> dict[str, Any]:
+    """accuracy, pass@k, maj@k and the `shares` they are made of; only these, [], for no problems.
+
+    Each different answer to a problem is compared with its reference once.
+    """
+    if not problems:
+        return {"shares": []}
+    references = [problem.answer or "" for problem in problems]
+    pairs = list(dict.fromkeys((a, ref) for group, ref in zip(answers, references) for a in group))
+    same = dict(zip(pairs, in_threads(same_answer, *zip(*pairs)), strict=True))
+    correct = np.array([[same[a, ref] for a in g] for g, ref in zip(answers, references)], bool)
+    k, shares = correct.shape[1], avg_at_k(correct)
+    return {
+        "accuracy": dataclasses.asdict(bootstrap_interval(shares)),
+        f"pass@{k}": _mean(pass_at_k(correct, k)),
+        f"maj@{k}": _mean(maj_at_k(answers, references, same_answer)),
+        "shares": shares.tolist(),
+    }
+
+
+def _num_tokens(said: Any) -> int | None:
+    ids = getattr(said, "token_ids", None)
+    return getattr(said, "num_tokens", None) if ids is None else len(ids)
+
+
+def _without_answer(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, answer=None)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values))
