@@ -1,5 +1,5 @@
-"""How good stage I's verifications are, where the data has ground truth (method page, section
-1.5)."""
+"""How good stage I's verifications are, where the data has ground truth, and what is known of them
+where it has none (method page, section 1.5)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def report(
 ) -> dict[str, dict[str, Any]]:
     """Per method, how its verifications compare with the ground truth of the solutions.
 
-    Rates are None where there is nothing to divide by. Per method:
+    Steps and answers are compared each where they are known: data with answers and no step labels
+    has the two outcome accuracies, data with neither has the rates below that need no truth. A rate
+    is None, never NaN, where there is nothing to divide by. Per method:
 
     - `step_accuracy`: share of steps whose verdict equals the step's label;
     - `overall_accuracy`: share of solutions whose overall verdict equals `correct`;
@@ -33,6 +35,9 @@ def report(
     - `validity_rate`: share of the sampled verifications that are valid;
     - `agreement`: mean of `Aggregated.agreement`;
     - `exact_match_rate`: share of votes that a chosen verification equals;
+    - `yes_rate`: share of the verifications whose overall verdict is Yes;
+    - `consistent_rate`: share of them whose overall verdict is Yes iff every step is judged
+      correct;
     - `num_solutions`, `num_with_verification`, `num_with_step_labels`, `num_with_outcome`,
       `num_steps`: what the rates are over;
     - `num_without_ground_truth`: verified solutions with neither label, skipped in the accuracies;
@@ -98,9 +103,10 @@ def _report_method(
     failures = [sample.reason for sample in samples if isinstance(sample, ParseFailure)]
     agreements = [item.agreement for item, _, _ in items if item.agreement is not None]
     exact = [item.exact_match for item, _, _ in items if item.exact_match is not None]
+    chosen = [item.verification for item, _, _ in items if item.verification is not None]
     return {
         "num_solutions": len(items),
-        "num_with_verification": sum(item.verification is not None for item, _, _ in items),
+        "num_with_verification": len(chosen),
         "num_without_ground_truth": sum(
             solution.step_labels is None and solution.correct is None for _, _, solution in items
         ),
@@ -108,6 +114,8 @@ def _report_method(
         "validity_rate": _rate(len(samples) - len(failures), len(samples)),
         "agreement": _rate(sum(agreements), len(agreements)),
         "exact_match_rate": _rate(sum(exact), len(exact)),
+        "yes_rate": _rate(sum(v.overall for v in chosen), len(chosen)),
+        "consistent_rate": _rate(sum(v.overall == all(v.verdicts) for v in chosen), len(chosen)),
         "reasons": dict(Counter(item.reason for item, _, _ in items)),
         "parse_failures": dict(Counter(failures)),
         "merges": dict(Counter(item.merge for item, _, _ in items if item.merge is not None)),

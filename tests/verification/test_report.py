@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import random
 
 import pytest
@@ -56,7 +57,7 @@ def test_rates_are_those_of_counting_by_hand(seed):
     assert tuple(result) == METHODS
     for m, method in enumerate(METHODS):
         steps, overall, derived, agreements, valid, caught = [], [], [], [], [], []
-        alarms, exact, skipped = [], [], 0
+        alarms, exact, yes, consistent, skipped = [], [], [], [], 0
         for record, solution in zip(verified, solutions):
             item = record.aggregated[m]
             samples = record.reference_samples if method == "reference_guided" else record.samples
@@ -70,6 +71,8 @@ def test_rates_are_those_of_counting_by_hand(seed):
                 continue
             agreements.append(item.agreement)
             exact.append(item.exact_match)
+            yes.append(item.verification.overall)
+            consistent.append(yes[-1] is (False not in item.verification.verdicts))
             if solution.step_labels is not None:
                 for k, label in enumerate(solution.step_labels):
                     steps.append(item.verification.verdicts[k] is label)
@@ -85,6 +88,8 @@ def test_rates_are_those_of_counting_by_hand(seed):
             "validity_rate": valid,
             "detection_rate": caught,
             "false_alarm_rate": alarms,
+            "yes_rate": yes,
+            "consistent_rate": consistent,
         }.items():
             assert row[name] == pytest.approx(sum(values) / len(values)), name
         assert row["exact_match_rate"] == (
@@ -114,16 +119,33 @@ def test_a_verifier_that_misses_errors_is_warned_of(caught, said):
     assert (result["warning"] is None) if said is None else (said in result["warning"])
 
 
-def test_without_ground_truth_there_are_no_rates_and_no_warning():
+NEEDS_STEP_LABELS = {"step_accuracy", "detection_rate", "false_alarm_rate", "warning"}
+NEEDS_ANSWERS = {"overall_accuracy", "derived_outcome_accuracy"}
+OVER_STEPS = {"num_steps", "num_wrong_steps", "num_with_step_labels"}
+
+
+@pytest.mark.parametrize("known", ["answers", "nothing"])
+def test_what_is_not_known_is_none_and_changes_nothing_else(known):
+    """Real data: no step labels, and maybe no answers. What needs no truth is as with it."""
     verified, solutions = random_data(0)
-    blind = [dataclasses.replace(s, step_labels=None, correct=None) for s in solutions]
-    row = report(verified, blind)["single"]
-    assert row["num_without_ground_truth"] == 40
-    for name in ("step_accuracy", "overall_accuracy", "derived_outcome_accuracy", "detection_rate"):
-        assert row[name] is None
-    assert row["warning"] is None
-    assert 0 < row["validity_rate"] < 1
+    blind = [dataclasses.replace(s, step_labels=None) for s in solutions]
+    missing, zero = NEEDS_STEP_LABELS, OVER_STEPS
+    if known == "nothing":
+        blind = [dataclasses.replace(s, correct=None) for s in blind]
+        missing, zero = missing | NEEDS_ANSWERS, zero | {"num_with_outcome"}
+    for method, row in report(verified, blind).items():
+        full = report(verified, solutions)[method]
+        assert {name for name, value in row.items() if value is None} - {"exact_match_rate"} == (
+            missing
+        )
+        assert {name: row[name] for name in zero} == dict.fromkeys(zero, 0)
+        changed = missing | zero | {"num_without_ground_truth"}
+        assert {k: v for k, v in row.items() if k not in changed} == {
+            k: v for k, v in full.items() if k not in changed
+        }
+        json.dumps(row, allow_nan=False)
     assert report([], []) == {}
+    assert row["num_without_ground_truth"] == sum(s.correct is None for s in blind)
 
 
 def test_records_that_do_not_belong_together_are_refused():
