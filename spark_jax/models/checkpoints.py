@@ -171,7 +171,7 @@ def _assemble(
             targets[field].put(stored.data, leaf, layer)
             seen.add(stored.name)
     _check_complete(seen, places, source)
-    arrays = {name: target.array() for name, target in targets.items()}
+    arrays = {name: target.array for name, target in targets.items()}
     outer = {name: arrays.pop(name) for name in _OUTER if name in arrays}
     return Params(layers=Layer(**arrays), **outer)
 

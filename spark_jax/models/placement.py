@@ -7,54 +7,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from spark_jax.models.hf_layout import Index, Leaf
 
 BLOCK_SIZE = 4 * 2**20
-"""Numbers in a block: 16 MiB in float32."""
+"""Numbers on the host at a time: 16 MiB in float32."""
 
 
 class Target:
-    """One parameter on this process's devices, zero until `put`.
+    """One parameter, zero until `put`. A process reads what its own devices hold and no more.
 
-    Each device's part is an array of its own until `array` joins them, so nothing here is a
-    collective: processes need not agree on an order.
+    Every device has an equal part and gets its block of it at the same place, so one program serves
+    them all, and it has no collectives.
     """
 
     def __init__(self, shape: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> None:
         """Without a sharding, the parameter lies whole on the default device."""
-        self._shape, self._sharding = shape.shape, sharding
-        self._parts: dict[Any, tuple[Index, Any]] = {}
-        for device, index in _indices(shape.shape, sharding).items():
-            part = tuple(stop - start for start, stop in index)
-            self._parts[device] = index, jnp.zeros(part, shape.dtype, device=device)
+        self.array = jnp.zeros(shape.shape, shape.dtype, device=sharding)
+        self._sharding = sharding
+        self._indices = _indices(shape.shape, sharding)
 
     def put(self, data: Any, leaf: Leaf, layer: int | None) -> None:
-        """Copies a checkpoint's tensor (see `Leaf.blocks`) to its place, cast on the device."""
+        """Copies a checkpoint's tensor (see `Leaf.blocks`) to its place, cast on the devices."""
         outer = () if layer is None else (layer,)
-        for index in {index: None for index, _ in self._parts.values()}:
-            for start, block in leaf.blocks(data, index[len(outer) :], BLOCK_SIZE):
-                self._write(index, block[(None,) * len(outer)], outer + start)
+        parts = list(dict.fromkeys(self._indices.values()))
+        size = BLOCK_SIZE // len(parts)
+        readers = [leaf.blocks(data, index[len(outer) :], size) for index in parts]
+        for blocks in zip(*readers, strict=True):
+            start = outer + blocks[0][0]
+            by_part = {
+                index: block[(None,) * len(outer)]
+                for index, (_, block) in zip(parts, blocks, strict=True)
+            }
+            # Waits, lest blocks pile up on the host.
+            self.array = jax.block_until_ready(self._updated(by_part, start))
 
-    def array(self) -> Array:
-        parts = [part for _, part in self._parts.values()]
+    def _updated(self, by_part: dict[Index, Any], start: tuple[int, ...]) -> Array:
         if self._sharding is None:
-            return parts[0]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
-
-    def _write(self, index: Index, block: np.ndarray, start: tuple[int, ...]) -> None:
-        """To every device that holds this part. Waits, lest blocks pile up on the host."""
-        holders = [device for device, (held, _) in self._parts.items() if held == index]
-        for device in holders:
-            part = _update(self._parts[device][1], jax.device_put(block, device), start)
-            self._parts[device] = index, jax.block_until_ready(part)
+            return _update(self.array, jnp.asarray(next(iter(by_part.values()))), start)
+        local = [jax.device_put(by_part[index], device) for device, index in self._indices.items()]
+        part = self._sharding.shard_shape(self.array.shape)
+        whole = [
+            n * total // own
+            for n, total, own in zip(local[0].shape, self.array.shape, part, strict=True)
+        ]
+        block = jax.make_array_from_single_device_arrays(tuple(whole), self._sharding, local)
+        return _update_parts(self.array, block, start, self._sharding)
 
 
 def _indices(shape: tuple[int, ...], sharding: NamedSharding | None) -> dict[Any, Index]:
-    """What each device of this process holds; the device is None where it does not matter."""
+    """Which part each device of this process holds; None stands for the default device."""
     if sharding is None:
         return {None: tuple((0, n) for n in shape)}
     return {
@@ -68,3 +72,18 @@ def _update(
     array: Float[Array, "..."], block: Float[Array, "..."], start: tuple[Any, ...]
 ) -> Float[Array, "..."]:
     return jax.lax.dynamic_update_slice(array, block.astype(array.dtype), start)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _update_parts(
+    array: Float[Array, "..."],
+    block: Float[Array, "..."],
+    start: tuple[Any, ...],
+    sharding: NamedSharding,
+) -> Float[Array, "..."]:
+    """Each device writes its part of the block into its part of the array, at `start` of it."""
+    spec = sharding.spec
+    update = jax.shard_map(
+        _update, mesh=sharding.mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec
+    )
+    return update(array, block, start)

@@ -180,7 +180,7 @@ def test_the_scaling_shows_in_these_logits(exchange):
 @pytest.mark.parametrize("exchange", ["llama_dynamic"], indirect=True)
 def test_dynamic_scaling_is_refused_beyond_the_positions_it_is_known_for(exchange):
     _, _, params, config = exchange
-    with pytest.raises(ValueError, match="65 tokens.*max_positions=64.*'dynamic'"):
+    with pytest.raises(ValueError, match=r"65 tokens.*max_positions=64.*'dynamic'"):
         transformer.forward(params, config, jnp.zeros((1, 65), jnp.int32))
 
 
