@@ -1,4 +1,4 @@
-"""How good a policy or a reward model is, on held-out problems of the task.
+"""How good a policy or a reward model is, on held-out problems of the task or on benchmarks.
 
     python -m spark_jax.experiments.evaluate --config=configs/demo.py \
         --config.run_dir=runs/evaluate --config.model=runs/demo/seed0/rl_prm_grpo/model
@@ -6,7 +6,16 @@
         --config.run_dir=runs/evaluate_prm --config.model=runs/demo/seed0/prm_single/model \
         --config.evaluate.what=reward_model
 
-Prints and writes `summary.json`, with 95 % bootstrap intervals over problems.
+`evaluate.what` is one of
+
+    policy         a policy on held-out problems of the task
+    benchmarks     a policy on the six benchmarks of the SPARK paper
+    reward_model   a reward model on held-out solutions by `evaluate.generator`
+    processbench   a reward model, or any instruct model, on ProcessBench
+
+Prints and writes `summary.json`, with 95 % bootstrap intervals over problems; the benchmarks also
+`table.md`, and what was sampled as JSON lines, so that a second start goes on where the first one
+stopped.
 """
 
 from __future__ import annotations
@@ -14,22 +23,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from spark_jax.data import tasks
-from spark_jax.data.formats import RewardKind
 from spark_jax.data.records import Problem, SamplingSettings, Solution
-from spark_jax.evaluation import intervals
-from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
+from spark_jax.decoding.generate import ladder
+from spark_jax.evaluation import benchmarks, intervals, processbench
+from spark_jax.evaluation.processbench import ProcessBenchSample
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models.config import ModelConfig
-from spark_jax.prm.evaluate import evaluate_reward_model
+from spark_jax.prm.evaluate import Judge, JudgeKind, evaluate_reward_model
+from spark_jax.prm.processbench import evaluate_processbench
+from spark_jax.reports import benchmarks as tables
 from spark_jax.rewards import format as response_format
 from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
@@ -38,66 +51,115 @@ from spark_jax.training.run_folder import RunFolder
 
 HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples what training samples
 
+Benchmarks = tuple[dict[str, tuple[tasks.Task, list[Problem]]], dict[str, str]]
+Splits = tuple[dict[str, list[ProcessBenchSample]], dict[str, str]]
+
 
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
     launch.check_evaluate(config)
     config = launch.sub_config(config, "evaluate", "generate", "verify", "prm")
-    task = tasks.load(config.task)
-    model = launch.text_model(*launch.load_model(config.model), name=config.model)
+    what, kind = config.evaluate.what, config.evaluate.kind or config.prm.kind
+    task = launch.load_task(config)
+    data: Any = (
+        DATA[what](config) if what in DATA else None
+    )  # what is missing is said before all else
+    model = launch.load_text_model(config, config.model)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    if config.evaluate.what == "policy":
-        summary = policy_scores(config, task, model)
-    else:
+    shown = launch.for_model(task, model.tokenizer, config)
+    if what == "policy":
+        summary = policy_scores(config, shown, model)
+    elif what == "reward_model":
         held_out = held_out_solutions(config, task)
-        summary = reward_model_scores(config, task, model, config.prm.kind, *held_out)
+        summary = reward_model_scores(config, shown, model, kind, *held_out)
+    elif what == "processbench":
+        summary = processbench_scores(config, shown, model, kind, data, path, on_progress)
+    else:
+        summary = benchmark_scores(config, model, data, path, on_progress)
     folder.write_summary(summary)
+    if what in TABLES:
+        (path / "table.md").write_text(tables.markdown(TABLES[what](summary)))
     return summary
 
 
 def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[str, Any]:
-    """Accuracy on held-out problems: avg@k with its interval, pass@k, maj@k; length and format."""
+    """Accuracy on held-out problems: avg@k with its interval, pass@k, maj@k; length and format.
+
+    `task` is as the model is shown it. See `evaluation.benchmarks.policy_scores`: what needs
+    references is None for a task that has none.
+    """
     problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
-    k = config.evaluate.samples_per_problem
     samples = text_sampler(model, launch.decode_options(config))(
         [task.text_format.solve_prompt(problem) for problem in problems],
-        samples_per_prompt=k,
-        settings=SamplingSettings(
-            temperature=config.evaluate.temperature, max_new_tokens=config.decode.max_new_tokens
-        ),
+        samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
+        settings=policy_settings(config),
         seed=config.seed + HELD_OUT_SEED,
     )
-    correct = np.array(
-        [
-            [is_right(task, problem, sample.text) for sample in group]
-            for problem, group in zip(problems, samples, strict=True)
-        ]
+    return benchmarks.policy_scores(
+        task.text_format, problems, samples, config.evaluate.answer_from
     )
-    answers = [[answer(task, sample.text) for sample in group] for group in samples]
-    references = [problem.answer for problem in problems if problem.answer is not None]
-    flat = [sample for group in samples for sample in group]
+
+
+def benchmark_scores(
+    config: Config,
+    model: TextModel,
+    data: Benchmarks,
+    path: Path,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """`evaluation.benchmarks.policy_scores` of each benchmark, and their mean accuracy.
+
+    Responses are kept in `responses/<benchmark>.jsonl`. Progress is in problems.
+    """
+    present, missing = data
+    sample = text_sampler(model, launch.decode_options(config))
+    wanted = config.evaluate.benchmarks.samples_per_problem
+    total, done, scores = sum(len(problems) for _, problems in present.values()), 0, {}
+    for name, (task, problems) in present.items():
+        text_format = launch.for_model(task, model.tokenizer, config).text_format
+        responses = benchmarks.sample_responses(
+            sample,
+            problems,
+            text_format,
+            samples_per_problem=samples_per_problem(
+                config, wanted.get(name, config.evaluate.samples_per_problem)
+            ),
+            settings=policy_settings(config),
+            seed=config.seed + HELD_OUT_SEED,
+            path=path / "responses" / f"{name}.jsonl",
+            model=config.model,
+            chunk_size=config.evaluate.chunk_size,
+            on_progress=on_progress and _shifted(on_progress, done, total),
+        )
+        answer_from = config.evaluate.answer_from
+        scores[name] = benchmarks.policy_scores(text_format, problems, responses, answer_from)
+        done += len(problems)
+    shares = {
+        name: [share for share in score["correct_per_problem"] if share is not None]
+        for name, score in scores.items()
+        if score["num_with_reference"]
+    }
+    mean = dataclasses.asdict(benchmarks.mean_accuracy(shares)) if shares else None
     return {
-        "accuracy": dataclasses.asdict(intervals.bootstrap_interval(avg_at_k(correct))),
-        f"pass@{k}": float(pass_at_k(correct, k).mean()),
-        f"maj@{k}": float(maj_at_k(answers, references, task.text_format.same_answer).mean()),
-        "response_length": float(np.mean([len(sample.token_ids) for sample in flat])),
-        "format_kept": float(np.mean([response_format.format_ok(s.text) for s in flat])),
-        "steps": float(np.mean([len(task.text_format.split_steps(s.text)) for s in flat])),
-        "num_problems": len(problems),
-        "samples_per_problem": k,
-        "correct_per_problem": correct.mean(axis=1).tolist(),
+        "benchmarks": scores,
+        "missing": missing,
+        "mean_accuracy": mean,
+        "answer_from": config.evaluate.answer_from,
     }
 
 
 def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem], list[Solution]]:
-    """Solutions of held-out problems by the generator, one a problem, with their ground truth."""
+    """Solutions of held-out problems by the generator, one a problem, with what is known of them.
+
+    `task` is as it stands: the generator has its own way to be shown it.
+    """
     problems = task.problems(config.evaluate.num_solutions, config.seed, "eval")
-    name = config.evaluate.generator
-    generator = launch.text_model(*launch.load_model(name), name=name)
+    generator = launch.load_text_model(config, config.evaluate.generator)
+    shown = launch.for_model(task, generator.tokenizer, config).text_format
     samples = text_sampler(generator, launch.decode_options(config))(
-        [task.text_format.solve_prompt(problem) for problem in problems],
+        [shown.solve_prompt(problem) for problem in problems],
         samples_per_prompt=1,
         settings=SamplingSettings(
             temperature=config.generate.temperature,
@@ -117,36 +179,87 @@ def reward_model_scores(
     config: Config,
     task: tasks.Task,
     model: TextModel,
-    kind: RewardKind,
+    kind: JudgeKind,
     problems: Sequence[Problem],
     solutions: Sequence[Solution],
 ) -> dict[str, Any]:
     """ProcessBench's scores, greedy and by `evaluate.votes`; overall verdicts; soft scores.
 
-    See `prm.evaluate.evaluate_reward_model`; `overall_accuracy` gets its interval here.
+    `task` is as the model is shown it. See `prm.evaluate.judgement_scores`, which says what is left
+    out where step labels or truth are unknown; `overall_accuracy` gets its interval here.
     """
+    judge = make_judge(config, task, model, kind)
+    seed = config.seed + HELD_OUT_SEED
+    scores = evaluate_reward_model(judge, problems, solutions, seed=seed)
+    right = [hit for hit in scores.pop("per_solution")["overall_right"] if hit is not None]
+    accuracy: dict[str, float | None] = {"estimate": None, "low": None, "high": None}
+    if right:
+        accuracy |= dataclasses.asdict(intervals.bootstrap_interval(np.array(right)))
+    return scores | {"overall_accuracy": accuracy}
 
-    def score(tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(compiled_logprobs(model.config)(model.params, tokens))
 
-    scores = evaluate_reward_model(
-        text_sampler(model, launch.decode_options(config)),
-        task.text_format,
-        kind,
-        problems,
-        solutions,
+def processbench_scores(
+    config: Config,
+    task: tasks.Task,
+    model: TextModel,
+    kind: JudgeKind,
+    data: Splits,
+    path: Path,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """See `prm.processbench.evaluate_processbench`; predictions in `predictions/<split>.jsonl`."""
+    splits, missing = data
+    scores = evaluate_processbench(
+        make_judge(config, task, model, kind),
+        splits,
+        seed=config.seed + HELD_OUT_SEED,
+        folder=path / "predictions",
+        model=config.model,
+        chunk_size=config.evaluate.chunk_size,
+        on_progress=on_progress,
+    )
+    return {"kind": kind, **scores, "missing": missing}
+
+
+def make_judge(config: Config, task: tasks.Task, model: TextModel, kind: JudgeKind) -> Judge:
+    """The model as a judge that votes as `evaluate.votes` says and gives soft scores.
+
+    A prompt that leaves too few positions for `decode.max_new_tokens` does not fit.
+    """
+    limit = model.config.max_positions - config.decode.max_new_tokens
+    limit = min(limit, config.decode.max_prompt_length or limit)
+    return Judge(
+        sample=text_sampler(model, launch.decode_options(config)),
+        text_format=task.text_format,
+        kind=kind,
         settings=SamplingSettings(
             temperature=config.verify.temperature,
             top_p=config.verify.top_p,
             max_new_tokens=config.decode.max_new_tokens,
         ),
-        seed=config.seed + HELD_OUT_SEED,
         votes=config.evaluate.votes,
-        token_logprobs=score,
+        token_logprobs=functools.partial(score_in_batches, model),
         tokenizer=model.tokenizer,
+        fits=lambda prompt: len(model.tokenizer.encode(prompt, add_special_tokens=False)) <= limit,
     )
-    right = np.array(scores.pop("per_solution")["overall_right"])
-    return scores | {"overall_accuracy": dataclasses.asdict(intervals.bootstrap_interval(right))}
+
+
+def score_in_batches(model: TextModel, tokens: np.ndarray, max_tokens: int = 2**15) -> np.ndarray:
+    """Log-probs [n, T-1] of right-padded tokens [n, T], at most `max_tokens` at a time.
+
+    Shapes come from the decoder's ladder, so that few programs are compiled.
+    """
+    n, length = tokens.shape
+    width = ladder(length)
+    rows = min(ladder(n), max(1, max_tokens // width))
+    padded = np.zeros((-(-n // rows) * rows, width), np.int32)
+    padded[:n, :length] = tokens
+    score = compiled_logprobs(model.config)
+    scored = [
+        np.asarray(score(model.params, padded[start : start + rows]))
+        for start in range(0, len(padded), rows)
+    ]
+    return np.concatenate(scored)[:n, : length - 1]
 
 
 @functools.lru_cache(maxsize=16)
@@ -154,16 +267,76 @@ def compiled_logprobs(config: ModelConfig) -> Any:
     return jax.jit(lambda params, tokens: token_logprobs(params, config, tokens))
 
 
-def is_right(task: tasks.Task, problem: Problem, text: str) -> bool:
-    """A right answer in a response that keeps the format: what RL is meant to bring about."""
+def processbench_splits(config: Config) -> Splits:
+    """The samples of each split, as many as asked for; and why others are missing.
+
+    Raises FileNotFoundError as `evaluation.processbench.find`.
+    """
+    wanted = config.evaluate.processbench
+    files, missing = processbench.find(wanted.folder or _published(), wanted.splits)
+    samples = {split: processbench.load(file) for split, file in files.items()}
+    return {
+        split: processbench.subset(all_of_it, wanted.num_samples, config.seed)
+        for split, all_of_it in samples.items()
+    }, missing
+
+
+def benchmark_problems(config: Config) -> Benchmarks:
+    """Task and problems of each benchmark; and why others are missing.
+
+    Of those that `evaluate.benchmarks.names` names none may be missing. Without names it is the
+    six of the paper, of which at least one must be there. Raises FileNotFoundError otherwise.
+    """
+    wanted = config.evaluate.benchmarks
+    present, missing = {}, {}
+    for name in wanted.names or benchmarks.BENCHMARKS:
+        try:
+            present[name] = _benchmark(config, name)
+        except FileNotFoundError as error:  # no file; or no network, no such data set on the hub
+            missing[name] = " ".join(str(error).split())
+    if missing and (wanted.names or not present):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise FileNotFoundError(f"evaluate.benchmarks: {reasons}")
+    return present, missing
+
+
+DATA: dict[str, Callable[[Config], Any]] = {
+    "processbench": processbench_splits,
+    "benchmarks": benchmark_problems,
+}
+TABLES: dict[str, Callable[[Mapping[str, Any]], tables.Table]] = {
+    "processbench": tables.processbench_table,
+    "benchmarks": tables.policy_table,
+}
+
+
+def policy_settings(config: Config) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=config.evaluate.temperature,
+        top_p=config.evaluate.top_p,
+        greedy=config.evaluate.greedy,
+        max_new_tokens=config.decode.max_new_tokens,
+    )
+
+
+def samples_per_problem(config: Config, number: int) -> int:
+    """One greedy response is like another."""
+    return 1 if config.evaluate.greedy else number
+
+
+def is_right(task: tasks.Task, problem: Problem, text: str) -> bool | None:
+    """A right answer in a response that keeps the format: what RL is meant to bring about.
+
+    None for a problem without a reference.
+    """
+    if problem.answer is None:
+        return None
     return task.text_format.same_answer(answer(task, text), problem.answer)
 
 
 def answer(task: tasks.Task, text: str) -> str | None:
     """The answer in the valid part; None where the response breaks the format."""
-    if not response_format.format_ok(text):
-        return None
-    return task.text_format.final_answer(response_format.valid_part(text))
+    return benchmarks.read_answer(task.text_format, text, "format")
 
 
 def as_solution(task: tasks.Task, problem: Problem, sample: SampledText) -> Solution:
@@ -179,7 +352,49 @@ def as_solution(task: tasks.Task, problem: Problem, sample: SampledText) -> Solu
     )
 
 
+def _benchmark(config: Config, name: str) -> tuple[tasks.Task, list[Problem]]:
+    """At most as many problems as asked for. FileNotFoundError where there are none."""
+    wanted = config.evaluate.benchmarks
+    data = None if wanted.folder is None else Path(wanted.folder) / name
+    if data is not None and not data.is_dir():  # and may look like a hub id
+        raise FileNotFoundError(f"no folder {data}")
+    shared = {field: config.task_options[field] for field in SHARED_OPTIONS}
+    task = tasks.load(name, tasks.TaskOptions(data=None if data is None else str(data), **shared))
+    found = task.data_counts("eval").get(
+        "problems"
+    )  # a task that makes its problems has any number
+    number = wanted.num_problems
+    if found is not None and number is not None:
+        number = min(found, number)
+    return task, task.problems(number, config.seed, "eval")
+
+
+SHARED_OPTIONS = ("prompt_dir", "split_steps", "on_bad_row")  # the others are of config.task
+
+
+def _published() -> Path:
+    if "SPARK_JAX_DATA" not in os.environ:
+        raise launch.ConfigError(
+            "evaluate.processbench.folder is not set, nor is $SPARK_JAX_DATA, the folder of "
+            "processbench/<split>.json; set either"
+        )
+    return Path(os.environ["SPARK_JAX_DATA"]) / "processbench"
+
+
+def _shifted(on_progress: OnProgress, before: int, total: int) -> OnProgress:
+    return lambda done, _: on_progress(before + done, total)
+
+
+def main(config: Config, path: Path) -> None:
+    """`run`, with what it found on the screen."""
+    console = Console()
+    summary = run(config, path)
+    if config.evaluate.what in TABLES:
+        tables.show(TABLES[config.evaluate.what](summary), console)
+        console.print(f"summary: {path / 'summary.json'}")
+    else:
+        print(json.dumps(summary, indent=2))
+
+
 if __name__ == "__main__":
-    launch.main(
-        lambda config, path: print(json.dumps(run(config, path), indent=2)), launch.check_evaluate
-    )
+    launch.main(main, launch.check_evaluate)
