@@ -153,8 +153,7 @@ def splits(name: str, options: DataOptions) -> Callable[[Split], Loaded]:
     def load(source: Source) -> Loaded:
         logger.info("task %s reads %s", name, source)
         read = functools.partial(_read, problem_set, options)
-        on_bad_row: Any = options.on_bad_row
-        return problems.load(source, read, name=name, on_bad_row=on_bad_row)
+        return problems.load(source, read, name=name, on_bad_row=options.on_bad_row)
 
     @functools.cache
     def split(which: Split) -> Loaded:
@@ -349,8 +348,11 @@ def _check(name: str, problem_set: ProblemSet, options: DataOptions) -> None:
             f"task {name}: answer_form={options.answer_form!r} is unknown; choose one of "
             f"{sorted(ANSWER_FORMS)}"
         )
-    if options.on_bad_row not in ("report", "error"):
-        raise ValueError(f"on_bad_row={options.on_bad_row!r} is unknown; choose report or error")
+    if options.on_bad_row not in problems.ON_BAD_ROW:
+        raise ValueError(
+            f"task {name}: on_bad_row={options.on_bad_row!r} is unknown; choose one of "
+            f"{problems.ON_BAD_ROW}"
+        )
     if problem_set.hub is None and problem_set.example is None and options.data is None:
         raise ValueError(
             f"task {name!r} is made of your own problems: name a file, folder or hub id in "

@@ -15,13 +15,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from spark_jax.data.records import Problem
 
 logger = logging.getLogger(__name__)
 
-OnBadRow = Literal["report", "error"]
+ON_BAD_ROW = ("report", "error")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 NAMED_IN_THE_LOG = 5  # bad rows of a file; all are counted and returned
 
@@ -83,7 +83,7 @@ class Loaded:
         }
 
 
-def load(source: Source, read: Reader, *, name: str, on_bad_row: OnBadRow = "report") -> Loaded:
+def load(source: Source, read: Reader, *, name: str, on_bad_row: str = "report") -> Loaded:
     """All problems of a source, in its order.
 
     A problem's id is `<name>/<split>/<the row's own id>`, or the line number where the row has
@@ -99,8 +99,8 @@ def load(source: Source, read: Reader, *, name: str, on_bad_row: OnBadRow = "rep
         FileNotFoundError: no such file or split; a hub dataset that cannot be reached.
         ValueError: a bad row, if asked for; a file that cannot be read at all; no usable row.
     """
-    if on_bad_row not in ("report", "error"):
-        raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'report' or 'error'")
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose one of {ON_BAD_ROW}")
     problems: dict[str, Problem] = {}  # by question
     ids: set[str] = set()
     bad_rows: list[BadRow] = []

@@ -203,6 +203,9 @@ class _Worker:
     def ask(self, request: list[Any], seconds: float) -> dict[str, Any]:
         """The worker's reply; {} where it was ended by a limit, or does not reply in time."""
         with self._lock:
+            if self._process and self._process[0].poll() is not None:
+                logger.warning("reasoning_gym: the idle worker was killed; another takes its place")
+                _stop(self._process)
             if not self._process:
                 self._process.extend(_start())
             connection = self._process[1]

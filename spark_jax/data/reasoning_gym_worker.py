@@ -78,7 +78,10 @@ def _entries(name: str, settings: str, seed: int, size: int) -> tuple[Any, list[
     if name not in DATASETS:
         raise ValueError(f"there is no dataset {name!r}; choose one of {sorted(DATASETS)}")
     dataset = reasoning_gym.create_dataset(name, seed=seed, size=size, **json.loads(settings))
-    return dataset, [dataset[index] for index in range(size)]
+    entries = [dataset[index] for index in range(size)]
+    with contextlib.suppress(Exception):  # what a first score imports is on no answer's bill
+        dataset.score_answer(entries[0]["answer"] or "", entries[0])
+    return dataset, entries
 
 
 def _next(connection: Connection, parent: int) -> bytes | None:
