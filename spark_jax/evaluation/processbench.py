@@ -150,13 +150,27 @@ def subset(
     samples: Sequence[ProcessBenchSample], number: int | None, seed: int
 ) -> list[ProcessBenchSample]:
     """`number` of the samples, drawn by the seed, in their own order; all of them for None or for
-    more than there are."""
+    more than there are.
+
+    Samples with and without an error keep their proportion, and two or more hold at least one of
+    each where there are such, for F1 needs both.
+    """
     if number is None or number >= len(samples):
         return list(samples)
     if number < 1:
         raise ValueError(f"a subset of {number} samples; take at least 1")
-    chosen = np.random.default_rng(seed).choice(len(samples), size=number, replace=False)
-    return [samples[i] for i in sorted(chosen.tolist())]
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, sample in enumerate(samples):
+        places[sample.label != NO_ERROR].append(place)
+    erroneous = round(number * len(places[True]) / len(samples))
+    if number > 1 and places[True] and places[False]:
+        erroneous = min(max(erroneous, 1), number - 1)
+    rng = np.random.default_rng(seed)
+    chosen = [
+        *rng.choice(places[True], erroneous, replace=False).tolist(),
+        *rng.choice(places[False], number - erroneous, replace=False).tolist(),
+    ]
+    return [samples[int(place)] for place in sorted(chosen)]
 
 
 def solution_text(

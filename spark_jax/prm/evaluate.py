@@ -171,6 +171,8 @@ def judgement_scores(
         yes: share of the solutions whose overall verdict is Yes.
         overall_accuracy: share of the solutions whose overall verdict is their truth.
         unparseable: share of the judgements that could not be read.
+        other_step_count: share of them that could, but judge another number of steps than the
+            solution has; not for an ORM.
         error_acc, correct_acc, f1: `processbench.score` of the first step judged incorrect; not
             for an ORM nor where no label is known. Nan over no samples.
         majority_...: with votes, the same by vote over the k. An even split is No, a tie between
@@ -303,6 +305,15 @@ def _scores(
     if kind != "orm":
         pairs = zip(groups, opinions, strict=True)
         lists["first_error"] = [vote_first_error(group, o.num_steps) for group, o in pairs]
+        figures["other_step_count"] = float(
+            np.mean(
+                [
+                    said.failure is None and first_error(said, opinion.num_steps) is None
+                    for group, opinion in zip(groups, opinions)
+                    for said in group
+                ]
+            )
+        )
         labelled = [(p, lab) for p, lab in zip(lists["first_error"], labels) if lab is not None]
         if labelled:
             figures |= processbench.score([p for p, _ in labelled], [lab for _, lab in labelled])

@@ -36,18 +36,20 @@ def processbench_table(summary: Mapping[str, Any]) -> Table:
         for how, prefix in (("greedy", ""), ("majority", "majority_")):
             if f"{prefix}unparseable" in scores:
                 rows.append((split, how, *_processbench_cells(scores, prefix)))
-    rows += [(split, "missing", *[MISSING] * 8) for split in summary["missing"]]
+    rows += [(split, "missing", *[MISSING] * 9) for split in summary["missing"]]
     means = [("greedy", "mean_f1"), ("majority", "majority_mean_f1")]
     for how, name in means:
         if name in summary:
             mean = estimate(summary[name])
-            rows.append(("mean", how, MISSING, MISSING, MISSING, mean, *[MISSING] * 4))
+            rows.append(("mean", how, MISSING, MISSING, MISSING, mean, *[MISSING] * 5))
     columns = ("subset", "judged", "wrong/right", "error acc", "correct acc", "F1", "overall acc")
     return Table(
         "ProcessBench: the first erroneous step (95 % bootstrap intervals)",
-        (*columns, "unread", "soft AUC", "tokens"),
+        (*columns, "unread", "miscounted", "soft AUC", "tokens"),
         tuple(rows),
         (
+            "Wrong are also judgements that cannot be read, and those of another number of steps "
+            "than the solution has (miscounted).",
             *_missing_notes(summary["missing"], len(summary["splits"]), "subsets"),
             *_shown_otherwise(summary["splits"]),
         ),
@@ -139,6 +141,7 @@ def _processbench_cells(scores: Mapping[str, Any], prefix: str) -> tuple[str, ..
         estimate(scores.get(f"{prefix}f1")),
         number(scores[f"{prefix}overall_accuracy"]["estimate"]),
         number(scores[f"{prefix}unparseable"]),
+        number(scores.get(f"{prefix}other_step_count")),
         number(scores.get("soft_auc")) if greedy else MISSING,
         number(scores["tokens_per_judgement"], 1) if greedy else MISSING,
     )

@@ -179,8 +179,21 @@ def sample_of(*steps, label=-1, id="a"):
     return processbench.ProcessBenchSample(id, "p", steps, label, True)
 
 
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 60), st.integers(0, 3))
+def test_a_subset_keeps_the_share_of_errors(wrong, right, number, seed):
+    samples = [sample_of("x", label=0, id=f"w{i}") for i in range(wrong)]
+    samples += [sample_of("x", id=f"r{i}") for i in range(right)]
+    got = processbench.subset(samples, number, seed)
+    counts = processbench.counts(got)
+    assert len({sample.id for sample in got}) == len(got) == min(number, wrong + right)
+    if samples:
+        assert abs(counts["erroneous"] - len(got) * wrong / len(samples)) <= 1
+    if len(got) > 1 and wrong and right:
+        assert min(counts.values()) >= 1
+
+
 def test_a_subset_is_drawn_by_its_seed_and_keeps_the_order():
-    samples = [sample_of("x", id=str(i)) for i in range(100)]
+    samples = [sample_of("x", id=str(i), label=-(i % 3 > 0)) for i in range(100)]
     first = processbench.subset(samples, 10, 1)
     assert first == processbench.subset(samples, 10, 1)
     assert first != processbench.subset(samples, 10, 2)

@@ -90,6 +90,7 @@ def test_greedy_scores_by_hand():
         "yes": pytest.approx(2 / 3),
         "overall_accuracy": pytest.approx(2 / 3),
         "unparseable": 0,
+        "other_step_count": pytest.approx(1 / 3),
         "error_acc": 0,
         "correct_acc": 1,
         "f1": 0,

@@ -47,11 +47,19 @@ def split_scores(votes, soft, orm=False):
     scores |= {"tokens_per_judgement": 311.5, "unparseable": 0.0625}
     scores |= {"overall_accuracy": interval(0.71875)}
     if not orm:
+        scores |= {"other_step_count": 0.125}
         scores |= {"error_acc": interval(0.5), "correct_acc": interval(0.875), "f1": interval(0.6)}
     if soft:
         scores |= {"soft_auc": 0.8125, "soft_accuracy": 0.75}
     if votes:
-        names = ("unparseable", "overall_accuracy", "error_acc", "correct_acc", "f1")
+        names = (
+            "unparseable",
+            "other_step_count",
+            "overall_accuracy",
+            "error_acc",
+            "correct_acc",
+            "f1",
+        )
         scores |= {f"majority_{n}": scores[n] for n in names if n in scores}
         scores["majority_unparseable"] = 0.03125
     return scores
@@ -141,6 +149,7 @@ def test_processbenchs_markdown_read_back_is_the_summary():
                 name = {"overall acc": "overall_accuracy"}.get(column, column.replace(" ", "_"))
                 assert close(read_number(row[column]), scores[f"{prefix}{name}"]["estimate"])
             assert close(read_number(row["unread"]), scores[f"{prefix}unparseable"])
+            assert close(read_number(row["miscounted"]), scores[f"{prefix}other_step_count"])
         assert close(read_number(rows[split, "greedy"]["soft AUC"]), scores.get("soft_auc"))
         assert rows[split, "greedy"]["tokens"] == "311.5"
     assert close(read_interval(rows["mean", "greedy"]["F1"]), PROCESSBENCH["mean_f1"])
