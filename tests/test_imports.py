@@ -11,7 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAPPED = ("configs", "experiments", "kernels")
-ARRAY_CORE = ("models", "decoding", "kernels", "scoring", "advantages", "losses", "steps")
+ARRAY_CORE = (
+    "models",
+    "parallel",
+    "decoding",
+    "kernels",
+    "scoring",
+    "advantages",
+    "losses",
+    "steps",
+)
 
 
 def packages():

@@ -187,10 +187,13 @@ def _fields(params: Params) -> dict[str, Any]:
 
 
 def _stored(files: Iterable[Path]) -> Iterator[_Stored]:
-    """Tensors file by file; only the file under way is open."""
+    """Tensors file by file. Files are mapped; each is closed again after every tensor, because the
+    pages that were read stay in memory as long as it is open."""
     for file in files:
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (no dictionary)
+            names = list(tensors.keys())
+        for name in names:
+            with _opened(file) as tensors:
                 yield _Stored(name, file, tensors.get_slice(name))
 
 
