@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-import grain
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class BatchOrder(Protocol):
+    """`order[t]`: the rows of update t ≥ 0, an int array [batch_size / process_count]."""
+
+    def __getitem__(self, step: int, /) -> Any: ...
 
 
 def batch_order(
@@ -11,14 +18,15 @@ def batch_order(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.MapDataset:
+) -> BatchOrder:
     """An endless sequence of batches: `order[t]` holds the rows of update t ≥ 0, an int array
     [batch_size / process_count].
 
     It is a function of the arguments alone, so a run resumes by going on at the next t; there is no
-    position to save. Each epoch has an order of its own and every example once. A batch may hold
-    the end of one epoch and the beginning of the next: none is dropped, and where `num_examples` is
-    no multiple of `batch_size`, or is smaller, an example may stand in a batch twice.
+    position to save. Each epoch has an order of its own and every example once. (grain adds the
+    epoch to the seed: the second epoch of seed 0 is the first of seed 1.) A batch may hold the end
+    of one epoch and the beginning of the next: none is dropped, and an example may stand in such a
+    batch twice.
 
     Args:
         num_examples: the rows are 0 .. num_examples − 1.
@@ -31,6 +39,8 @@ def batch_order(
     Raises:
         ValueError: nothing to draw from, or a batch that does not divide among the processes.
     """
+    import grain  # orbax with it
+
     if num_examples < 1 or batch_size < 1:
         raise ValueError(
             f"num_examples={num_examples}, batch_size={batch_size}; both must be at least 1"
