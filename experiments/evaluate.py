@@ -5,17 +5,25 @@
     python -m spark_jax.experiments.evaluate --config=configs/demo.py \
         --config.run_dir=runs/evaluate_prm --config.model=runs/demo/seed0/prm_single/model \
         --config.evaluate.what=reward_model
+    python -m spark_jax.experiments.evaluate --config=configs/demo.py \
+        --config.run_dir=runs/processbench --config.model=runs/prm/model --config.task=gsm8k \
+        --config.evaluate.what=processbench --config.evaluate.votes=8 \
+        --config.decode.max_new_tokens=2048
+    python -m spark_jax.experiments.evaluate --config=configs/demo.py \
+        --config.run_dir=runs/benchmarks --config.model=runs/rl/model \
+        --config.evaluate.what=benchmarks --config.decode.max_new_tokens=2048
 
 `evaluate.what` is one of
 
     policy         a policy on held-out problems of the task
     benchmarks     a policy on the six benchmarks of the SPARK paper
     reward_model   a reward model on held-out solutions by `evaluate.generator`
-    processbench   a reward model, or any instruct model, on ProcessBench
+    processbench   a reward model, or (evaluate.kind=verifier) any instruct model, on ProcessBench
 
-Prints and writes `summary.json`, with 95 % bootstrap intervals over problems; the benchmarks also
-`table.md`, and what was sampled as JSON lines, so that a second start goes on where the first one
-stopped.
+Prints and writes `summary.json`, with 95 % bootstrap intervals over problems. ProcessBench and
+benchmarks read local files in $SPARK_JAX_DATA (benchmarks that are not there: the hub, but for
+HF_HUB_OFFLINE=1); they also write `table.md`, and what was sampled as JSON lines, so that a second
+start goes on where the first one stopped.
 """
 
 from __future__ import annotations
