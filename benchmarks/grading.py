@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n in options.workers:
             ways[f"workers={n}"] = stack.enter_context(Grader(n)).same_answers
         for way in ways.values():
-            way(_pairs("mixed", len(KINDS), fresh)[0])  # starts workers, imports and warms math-verify
+            way(_pairs("mixed", len(KINDS), fresh)[0])  # starts workers, warms math-verify
         for kind in (*KINDS, "mixed"):
             throughput(kind, ways, options.pairs, options.repeats, fresh)
     for name, text in HOSTILE.items():

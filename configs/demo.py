@@ -29,26 +29,79 @@ def optimizer(**fields: object) -> ConfigDict:
     return ConfigDict(none | dict(clip_norm=1.0) | fields)
 
 
+def task_options() -> ConfigDict:
+    """Where problems come from and how they speak: see `spark_jax.data.tasks.TaskOptions`. None
+    leaves the task's own choice; an option that a task does not read is refused."""
+    return ConfigDict(
+        dict(
+            data=placeholder(str),  # a file, a folder or a hub id with the problems
+            eval_data=placeholder(str),  # the same for held-out problems
+            eval_fraction=placeholder(float),  # or the share of `data` to hold out
+            on_bad_row="report",  # or "error"
+            references=True,  # False: read no answers
+            question_field=placeholder(str),
+            answer_field=placeholder(str),
+            answer_form=placeholder(str),
+            config=placeholder(str),  # of a dataset on the hub, as are the splits
+            train_split=placeholder(str),
+            eval_split=placeholder(str),
+            prompt_dir=placeholder(str),  # prompt files to use in place of the shipped ones
+            split_steps=placeholder(str),
+            generator=ConfigDict(),  # settings of a reasoning_gym dataset
+        )
+    )
+
+
+def chat() -> ConfigDict:
+    """How prompts are shown to a model: see `spark_jax.tokenizers.ChatOptions`."""
+    return ConfigDict(dict(template="auto", system=placeholder(str), arguments=ConfigDict()))
+
+
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.run_dir = "runs/demo"
     config.seed = 0
     config.task = "arithmetic_chains"
+    config.task_options = task_options()
     # A checkpoint directory, or the name of a task for the base that ships with it. The base is
     # generator, verifier, start of the reward models and start of the policy.
     config.model = "arithmetic_chains"
+    config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
+    config.chat = chat()
     config.pretrain = False  # True makes the base afresh first, in run_dir/base
     config.quick = False  # True: one seed, fewer problems, fewer steps, in run_dir-quick
     config.decode = ConfigDict(
         dict(max_prompt_length=placeholder(int), max_new_tokens=52, slots=placeholder(int))
     )
 
+    # Before stage I, where the model has yet to learn the formats (`experiments.sft`).
+    config.sft = ConfigDict(
+        dict(
+            data="",  # JSON-lines of prompt and target; "": the task's own examples
+            num_examples=4000,
+            steps=100,
+            batch_size=8,
+            accumulation_steps=1,
+            max_length=384,
+            pack=True,  # several examples to a row of max_length
+            optimizer=optimizer(name="adamw", learning_rate=1e-4, warmup_steps=5),
+        )
+    )
+
     # Stage I: solutions, verifications, aggregation.
     config.generate = ConfigDict(
-        dict(num_problems=128, samples_per_problem=8, temperature=1.0, top_p=1.0, chunk_size=64)
+        dict(
+            model=placeholder(str),  # the generator; None: config.model
+            num_problems=128,
+            samples_per_problem=8,
+            temperature=1.0,
+            top_p=1.0,
+            chunk_size=64,
+        )
     )
     config.verify = ConfigDict(
         dict(
+            model=placeholder(str),  # the verifier; None: config.model
             methods=("single", "outcome_consistency", "step_consistency"),
             samples_per_solution=16,
             report_sample_counts=(1, 4, 16),
@@ -61,6 +114,7 @@ def get_config() -> ConfigDict:
     # Stage II: a generative reward model from one method's verifications.
     config.prm = ConfigDict(
         dict(
+            model=placeholder(str),  # where the reward model starts; None: config.model
             data="",  # folder of a stage I run
             kind="prm_cot",  # orm, prm, prm_cot
             method="step_consistency",
@@ -69,6 +123,7 @@ def get_config() -> ConfigDict:
             batch_size=64,
             accumulation_steps=1,
             max_length=128,
+            pack=False,  # several examples to a row of max_length
             optimizer=optimizer(name="adamw", learning_rate=1e-3, warmup_steps=4),
         )
     )
@@ -116,23 +171,43 @@ def get_config() -> ConfigDict:
             optimizer=optimizer(name="adam", learning_rate=5e-4),
             evaluate_every=5,
             save_every=5,
+            keep_checkpoints=3,
         )
     )
     config.evaluate = ConfigDict(
         dict(
-            what="policy",  # or reward_model
+            what="policy",  # benchmarks, reward_model, processbench
             num_problems=256,
             samples_per_problem=4,
             temperature=1.0,
+            top_p=1.0,
+            greedy=False,  # True: one greedy response to each problem
+            answer_from="format",  # or last_boxed, for models that were never taught the format
+            kind=placeholder(str),  # of reward model, or verifier: any model; None: prm.kind
             votes=1,  # above 1, also reward models by majority over so many sampled judgements
             num_solutions=250,  # held-out solutions that reward models are tried on,
             generator="arithmetic_chains",  # and the model that writes them
+            chunk_size=16,  # problems that benchmarks and processbench sample and save together
+            processbench=dict(
+                folder=placeholder(str),  # None: $SPARK_JAX_DATA/processbench
+                splits=(),  # all required; none named: those that are there
+                num_samples=placeholder(int),  # of each split, drawn by the seed; None: all
+            ),
+            benchmarks=dict(
+                names=(),  # tasks, all required; none named: those of SPARK that are there
+                folder=placeholder(str),  # of <name>/...; None: where each task has its problems
+                num_problems=placeholder(int),  # None: all
+                samples_per_problem=dict(
+                    math500=4, aime24=32, aime25=32, amc23=32, olympiadbench=4, minerva=4
+                ),
+            ),
         )
     )
 
     # The sequence of runs of `pipeline`.
     config.pipeline = ConfigDict(
         dict(
+            sft=False,  # True: the sft section first; its model is what all stages start from
             seeds=(0, 1, 2),
             workers=2,
             arms=ConfigDict(

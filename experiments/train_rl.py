@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +31,12 @@ from spark_jax.advantages import (
     zero_variance_groups,
 )
 from spark_jax.data import tasks
+from spark_jax.data.batches import batch_order
 from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings
+from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import evaluate, launch
 from spark_jax.experiments.launch import Config, OnProgress
-from spark_jax.models import checkpoints
 from spark_jax.reports import plots
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
@@ -75,26 +75,30 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
     launch.check_rl(config)
     config = launch.sub_config(config, "rl", "prm", "generate", "evaluate")
-    initial, model_config, tokenizer = launch.load_model(config.model)
-    reward_model, reference = _reward_model(config), _reference_policy(config, initial)
+    loaded = launch.load_trainable(config, config.model)
+    initial, model_config, tokenizer, _ = loaded
+    reference = _reference_policy(config, initial)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    task = tasks.load(config.task)
+    task = launch.for_model(launch.load_task(config), tokenizer, config)
+    reward_model, judged_task = _reward_model(config, task)
     problems = task.problems(config.rl.num_problems, config.seed, "train")
-    order = grain.MapDataset.range(len(problems)).shuffle(seed=config.seed).repeat()
-    order = order.batch(config.rl.prompts_per_step)
+    order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
 
     update = compiled_step(model_config, json.dumps(_update_settings(config)))
     train = state.create(jax.tree.map(jnp.copy, initial), _optimizer(config), _key(config))
 
-    with Checkpoints(folder.checkpoints) as saved, MetricsWriter(path) as metrics:
+    with (
+        Checkpoints(folder.checkpoints, keep=config.rl.keep_checkpoints) as saved,
+        MetricsWriter(path) as metrics,
+    ):
         restored = saved.restore_latest(train)
         if restored is not None:
             train, extra = restored
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
-        policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
+        policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
         if restored is None or first > config.rl.steps:  # else the last step evaluates
             scores = evaluate.policy_scores(config, task, policy)
         if restored is None:
@@ -105,7 +109,9 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 problems[i] for i in order[step - 1] for _ in range(config.rl.group_size)
             ]
             rollout, samples = roll_out(config, task, policy, batch_problems, step)
-            judged = judge_responses(config, task, reward_model, batch_problems, samples, step)
+            judged = judge_responses(
+                config, judged_task, reward_model, batch_problems, samples, step
+            )
             rewards = compute_rewards(config, task, batch_problems, samples, judged, step)
             steps = token_step_ids(task, tokenizer, samples, rollout.tokens.shape[1])
             inputs = advantage_inputs(
@@ -117,7 +123,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 if part.mask.any():  # groups may all have been filtered out
                     train, update_values = update(train, part)
                     updates.append(update_values)
-            policy = launch.text_model(train.params, model_config, tokenizer, name="policy")
+            policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
 
             values |= update_metrics(updates)
             values |= judged.metrics | truth_metrics(task, batch_problems, samples, judged)
@@ -133,9 +139,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             if on_progress:
                 on_progress(step, config.rl.steps)
 
-    checkpoints.save_hf(path / "model", train.params, model_config, tokenizer)
+    launch.save_model(path / "model", loaded._replace(params=train.params))
     summary = {
         "evaluation": scores,
+        "data": task.data_counts("train"),
         "skipped_updates": int(train.skipped),
     }
     folder.write_summary(summary)
@@ -303,12 +310,15 @@ def token_step_ids(
 def truth_metrics(
     task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText], judged: Judged
 ) -> dict[str, float]:
-    """What the run may look at but never learn from: accuracy against the references."""
-    pairs = zip(problems, samples, strict=True)
-    right = np.array([evaluate.is_right(task, problem, sample.text) for problem, sample in pairs])
-    metrics = {"truth/accuracy": float(right.mean())}
+    """What the run may look at but never learn from: accuracy against the references, and
+    how often the reward model disagrees with it; {} where a problem has no reference."""
+    texts = [sample.text for sample in samples]
+    right = in_threads(functools.partial(evaluate.is_right, task), problems, texts)
+    if any(hit is None for hit in right):  # a problem without a reference: nothing to look at
+        return {}
+    metrics = {"truth/accuracy": float(np.mean(right))}
     if any(judgement.called for judgement in judged.judgements):
-        metrics |= disagreement(judged.judgements, right)
+        metrics |= disagreement(judged.judgements, np.array(right, bool))
     return metrics
 
 
@@ -364,18 +374,18 @@ def compiled_process_metrics(beta: float | None) -> Any:
     return jax.jit(metrics)
 
 
-def _reward_model(config: Config) -> Sample | None:
+def _reward_model(config: Config, task: tasks.Task) -> tuple[Sample | None, tasks.Task]:
+    """The reward model, and the task as it is shown it."""
     if config.rl.reward not in REWARDS_THAT_JUDGE:
-        return None
+        return None, task
     if not config.rl.reward_model:
         raise launch.ConfigError(
             f"rl.reward={config.rl.reward!r} needs rl.reward_model, the checkpoint folder of a "
             "reward model; train_prm makes one in its run_dir/model"
         )
-    model = launch.text_model(
-        *launch.load_model(config.rl.reward_model), name=config.rl.reward_model
-    )
-    return text_sampler(model, launch.decode_options(config))
+    model = launch.load_text_model(config, config.rl.reward_model)
+    shown = launch.for_model(launch.load_task(config), model.tokenizer, config)
+    return text_sampler(model, launch.decode_options(config)), shown
 
 
 def _reference_policy(config: Config, initial: Any) -> Any:
@@ -385,7 +395,7 @@ def _reference_policy(config: Config, initial: Any) -> Any:
         return None
     if not config.rl.reference_model:
         return initial
-    return launch.load_model(config.rl.reference_model)[0]
+    return launch.load_model(config.rl.reference_model, dtype=config.dtype).params
 
 
 def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:
@@ -395,9 +405,9 @@ def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params:
 
 
 def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
-    """What `evaluate.policy_scores` found, as metrics."""
-    return {
-        "eval/accuracy": scores["accuracy"]["estimate"],
+    """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
+    accuracy = scores["accuracy"]["estimate"]
+    return ({} if accuracy is None else {"eval/accuracy": accuracy}) | {
         "eval/response_length": scores["response_length"],
         "eval/format_kept": scores["format_kept"],
         "eval/steps": scores["steps"],

@@ -24,11 +24,8 @@ class TextModel:
     params: transformer.Params
     config: ModelConfig
     tokenizer: Any  # Hugging Face API
+    stop_ids: tuple[int, ...]  # each ends a response
     name: str
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_token_id,)
 
 
 @dataclasses.dataclass(frozen=True)

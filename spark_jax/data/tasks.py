@@ -10,7 +10,7 @@ from typing import Any
 
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.problem_sets import PROBLEM_SETS, DataOptions, Split, splits
-from spark_jax.data.records import Problem, Solution
+from spark_jax.data.records import Example, Problem, Solution
 from spark_jax.rewards.format import valid_part
 from spark_jax.steps import StepSpan, blank_line_steps, numbered_steps, tagged_steps
 
@@ -55,6 +55,8 @@ class Task:
         has_step_labels: whether `labels` knows which steps are right.
         data_counts: (split) -> what was found in its data and what was skipped, as metrics; {} for
             a task that makes its problems.
+        examples: (number, seed, text format) -> examples of its formats for a first fine-tuning;
+            None where it has none.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Task:
     has_references: bool = True
     has_step_labels: bool = True
     data_counts: Callable[[Split], dict[str, int]] = lambda split: {}
+    examples: Callable[[int, int, TextFormat], list[Example]] | None = None
 
 
 def load(name: str, options: TaskOptions | None = None) -> Task:
@@ -180,6 +183,21 @@ def _arithmetic_chains(options: TaskOptions) -> Task:
     return Task("arithmetic_chains", problems, chains_format.FORMAT, labels)
 
 
+def _word_problems(options: TaskOptions) -> Task:
+    from spark_jax.data import word_problems
+
+    refuse_options("word_problems", options, reads=("prompt_dir", "split_steps"))
+    text_format = canonical(options)
+    labels = functools.partial(word_problems.labels, text_format=text_format)
+    return Task(
+        "word_problems",
+        word_problems.problems,
+        text_format,
+        labels,
+        examples=word_problems.examples,
+    )
+
+
 def _problem_set(name: str, options: TaskOptions) -> Task:
     """A task of `PROBLEM_SETS`."""
     if options.generator:
@@ -219,5 +237,6 @@ def _reasoning_gym(dataset: str, options: TaskOptions) -> Task:
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "arithmetic_chains": _arithmetic_chains,
+    "word_problems": _word_problems,
     **{name: functools.partial(_problem_set, name) for name in PROBLEM_SETS},
 }

@@ -1,11 +1,11 @@
 """Short arithmetic in words, for small language models: problems, their truth, and examples.
 
-    A box holds 27 apples. Then 15 apples are added. Then the number of apples is doubled. Then 8
+    A box holds 7 apples. Then 5 apples are added. Then the number of apples is doubled. Then 8
     apples are taken out. How many apples are in the box?
 
-Three or four operations on whole numbers. A response is a chain of equations, one a step, so that
-the truth of every step of any text can be told. The examples teach a pretrained model the formats
-of solutions and verifications; after them its errors are its own.
+Three or four operations on small whole numbers. A response is a chain of equations, one a step, so
+that the truth of every step of any text can be told. The examples teach a pretrained model the
+formats of solutions and verifications; after them its errors are its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from spark_jax.steps import step_texts
 from spark_jax.verification.parse import format_verification
 
 OPERATIONS = (3, 4)  # per problem
-LARGEST = 300  # no value of a right solution is larger, or smaller than 2
+LARGEST = 40  # no value of a right solution is larger, or smaller than 2
 WRONG_STEP = 0.25  # share of wrong steps in the solutions that the examples verify
-# How those differ from the right value or operand: a slip, a lost carry, a lost hundred.
-SLIPS = (-1, 1, -2, 2, -10, 10, -20, 20, 100)
+# How those differ from the right value or operand: a slip, or a lost carry.
+SLIPS = (-1, 1, -2, 2, -3, 3, -10, 10)
 
 _THINGS = ("apples", "books", "coins", "eggs", "pencils", "shells", "stamps", "stones")
 _PLACES = ("bag", "basket", "box", "chest", "drawer", "jar")
@@ -100,12 +100,12 @@ def problems(num: int | None, seed: int, split: str) -> list[Problem]:
 
 def draw(rng: random.Random) -> Problem:
     """A random problem, of either split."""
-    start = rng.randint(5, 60)
+    start = rng.randint(3, 20)
     operations: list[Operation] = []
     value, count = start, rng.choice(OPERATIONS)
     while len(operations) < count:
         operator = rng.choice("++--*")
-        operand = rng.choice((2, 3)) if operator == "*" else rng.randint(3, 60)
+        operand = rng.choice((2, 3)) if operator == "*" else rng.randint(2, 12)
         operation = Operation(operator, operand)
         if 2 <= operation(value) <= LARGEST:
             value = operation(value)

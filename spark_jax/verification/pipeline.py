@@ -1,22 +1,17 @@
 """SPARK stage I from problems to aggregated verifications (arXiv 2512.03244; method page, section
 1).
 
-Both functions sample in chunks of problems and append each finished chunk to a JSON-lines file. The
-seed of a chunk is made of the stage's seed and the chunk's content and of nothing that happened
-before, so a run that was killed, wherever that was, is continued by calling the function again, and
-with a `sample` that is itself reproducible the file is the same byte for byte.
+Both functions sample in chunks of problems and append each finished chunk to a JSON-lines file, as
+`data.resumable` says: a run that was killed, wherever that was, is continued by calling the
+function again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from spark_jax.data.formats import Sample, TextFormat
 from spark_jax.data.records import (
@@ -28,16 +23,18 @@ from spark_jax.data.records import (
     Solution,
     Verification,
     VerifiedSolution,
-    append_jsonl,
-    read_jsonl,
+)
+from spark_jax.data.resumable import (
+    Chunk,
+    OnProgress,
+    content_seed,
+    continue_file,
+    in_chunks,
+    provenance,
 )
 from spark_jax.steps import step_texts
 from spark_jax.verification.aggregate import AGGREGATIONS, aggregate
 from spark_jax.verification.critique import critique_and_merge
-
-logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[int, int], None]  # (problems done, problems in all)
 
 
 def generate_solutions(
@@ -76,30 +73,30 @@ def generate_solutions(
     """
     _require_different([problem.id for problem in problems], "problem id")
 
-    def make(chunk: Sequence[Problem], provenance: Provenance) -> list[Solution]:
-        prompts = [text_format.solve_prompt(_without_answer(problem)) for problem in chunk]
-        texts = _sample_all(sample, prompts, samples_per_problem, settings, provenance.sample_seed)
+    def make(chunk: Chunk) -> list[Solution]:
+        prompts = [text_format.solve_prompt(_without_answer(problem)) for problem in chunk.members]
+        seed = chunk.provenance.sample_seed
+        texts = _sample_all(sample, prompts, samples_per_problem, settings, seed)
         return [
-            _read_solution(text_format, problem, index, text, provenance)
-            for problem, samples in zip(chunk, texts)
+            _read_solution(text_format, problem, index, text, chunk.provenance)
+            for problem, samples in zip(chunk.members, texts)
             for index, text in enumerate(samples)
         ]
 
-    return _continue_file(
+    return continue_file(
         path,
         Solution,
         [
-            _Chunk(
+            Chunk(
                 members=chunk,
                 keys=[(problem.id, i) for problem in chunk for i in range(samples_per_problem)],
-                provenance=_provenance(model, settings, seed, "generate", _content(chunk)),
+                provenance=provenance(model, settings, seed, "generate", _content(chunk)),
             )
-            for chunk in _chunks(problems, chunk_size)
+            for chunk in in_chunks(problems, chunk_size)
         ],
         make,
         lambda record: (record.problem_id, record.index),
-        lambda record: None,
-        on_progress,
+        on_progress=on_progress,
     )
 
 
@@ -152,12 +149,11 @@ def verify_solutions(
     by_id = {problem.id: problem for problem in problems}
     groups = _by_problem(solutions, by_id)
 
-    def make(
-        chunk: Sequence[tuple[Problem, list[Solution]]], provenance: Provenance
-    ) -> list[VerifiedSolution]:
-        pairs = [(problem, solution) for problem, group in chunk for solution in group]
+    def make(chunk: Chunk) -> list[VerifiedSolution]:
+        pairs = [(problem, solution) for problem, group in chunk.members for solution in group]
+        made = chunk.provenance
         return _verify(
-            sample, text_format, pairs, methods, samples_per_solution, settings, seed, provenance
+            sample, text_format, pairs, methods, samples_per_solution, settings, seed, made
         )
 
     def check(record: VerifiedSolution) -> str | None:
@@ -168,16 +164,16 @@ def verify_solutions(
             return f"was aggregated by {[item.method for item in record.aggregated]}"
         return None
 
-    return _continue_file(
+    return continue_file(
         path,
         VerifiedSolution,
         [
-            _Chunk(
+            Chunk(
                 members=chunk,
                 keys=[
                     (problem.id, solution.index) for problem, group in chunk for solution in group
                 ],
-                provenance=_provenance(
+                provenance=provenance(
                     model,
                     settings,
                     seed,
@@ -186,7 +182,7 @@ def verify_solutions(
                     [(solution.index, solution.text) for _, group in chunk for solution in group],
                 ),
             )
-            for chunk in _chunks(groups, chunk_size)
+            for chunk in in_chunks(groups, chunk_size)
         ],
         make,
         lambda record: (record.problem_id, record.solution_index),
@@ -251,7 +247,7 @@ def _verify(
         text_format,
         [(*_blind(pairs[i // len(methods)]), chosen[i]) for i in critiqued],
         settings=settings,
-        seed=_seed(provenance.sample_seed, "critique"),
+        seed=content_seed(provenance.sample_seed, "critique"),
     )
     for i, item in zip(critiqued, merged):
         chosen[i] = item
@@ -286,7 +282,7 @@ def _sample_verifications(
             prompts.append(
                 text_format.verify_prompt(_without_answer(problem), solution.text, shown)
             )
-    seed = _seed(sample_seed, "with reference" if reference else "without reference")
+    seed = content_seed(sample_seed, "with reference" if reference else "without reference")
     texts = _sample_all(sample, prompts, num_samples, settings, seed)
     results: list[tuple[Verification | ParseFailure, ...]] = [()] * len(pairs)
     for i, samples in zip(asked, texts):
@@ -315,7 +311,7 @@ def _choose(
 
 
 def _aggregation_key(seed: int, problem_id: str, solution_index: int) -> int:
-    return _seed(seed, "aggregate", problem_id, solution_index)
+    return content_seed(seed, "aggregate", problem_id, solution_index)
 
 
 def _read_solution(
@@ -333,93 +329,6 @@ def _read_solution(
     )
 
 
-# --- chunks, seeds and files ---------------------------------------------------------------------
-
-RecordT = TypeVar("RecordT", Solution, VerifiedSolution)
-Item = TypeVar("Item")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Problems sampled together: what they are, and the records they will give."""
-
-    members: Sequence[Any]
-    keys: Sequence[tuple[str, int]]  # (problem id, solution index) per record, in order
-    provenance: Provenance
-
-
-def _continue_file(
-    path: str | os.PathLike[str],
-    cls: type[RecordT],
-    chunks: Sequence[_Chunk],
-    make: Callable[[Any, Provenance], list[RecordT]],
-    key: Callable[[RecordT], tuple[str, int]],
-    check: Callable[[RecordT], str | None],
-    on_progress: OnProgress | None,
-) -> list[RecordT]:
-    """Append the records that the file lacks, chunk by chunk, and return all of them.
-
-    What stands in the file must be a beginning of what this call would write. A chunk of which a
-    part stands there is sampled again, for the rest of it.
-    """
-    standing = read_jsonl(path, cls) if Path(path).exists() else []
-    records: list[RecordT] = []
-    total = sum(len(chunk.members) for chunk in chunks)
-    done = 0
-    for chunk in chunks:
-        have = standing[len(records) : len(records) + len(chunk.keys)]
-        for line, (record, expected) in enumerate(zip(have, chunk.keys), start=len(records) + 1):
-            _require_same_call(path, line, key(record), expected, record, chunk, check(record))
-        if len(have) == len(chunk.keys):
-            made = have
-        else:
-            if on_progress is not None:
-                on_progress(done, total)
-            made = make(chunk.members, chunk.provenance)
-            if made[: len(have)] != have:
-                logger.warning(
-                    "%s: sampling chunk again after an interruption gave other texts; `sample` is "
-                    "not reproducible here, so the file is not what an uninterrupted run gives",
-                    path,
-                )
-            append_jsonl(path, made[len(have) :])
-            made = have + made[len(have) :]
-        records += made
-        done += len(chunk.members)
-    if len(standing) > len(records):
-        raise ValueError(
-            f"{path}:{len(records) + 1}: the file holds {len(standing)} records, this call makes "
-            f"{len(records)}; give another path"
-        )
-    append_jsonl(path, [])  # ends a last line that a crash left whole but unended
-    if on_progress is not None:
-        on_progress(done, total)
-    return records
-
-
-def _require_same_call(
-    path: str | os.PathLike[str],
-    line: int,
-    key: tuple[str, int],
-    expected: tuple[str, int],
-    record: Solution | VerifiedSolution,
-    chunk: _Chunk,
-    problem: str | None,
-) -> None:
-    if key != expected:
-        problem = f"is solution {key[1]} of problem {key[0]!r}, expected {expected}"
-    elif record.provenance != chunk.provenance:
-        problem = (
-            f"was sampled with {record.provenance}, this call has {chunk.provenance} (sample_seed "
-            "also tells other problems, solutions or chunk_size apart)"
-        )
-    if problem is not None:
-        raise ValueError(
-            f"{path}:{line}: the record {problem}. Give another path, or remove the file to start "
-            "anew"
-        )
-
-
 def _sample_all(
     sample: Sample, prompts: Sequence[str], count: int, settings: SamplingSettings, seed: int
 ) -> list[list[Any]]:
@@ -434,24 +343,8 @@ def _sample_all(
     return texts
 
 
-def _provenance(model: str, settings: SamplingSettings, seed: int, *content: Any) -> Provenance:
-    return Provenance(model, settings, seed, sample_seed=_seed(seed, *content))
-
-
-def _seed(*content: Any) -> int:
-    """A seed in [0, 2^31) made of JSON values, the same on every platform."""
-    digest = hashlib.blake2b(json.dumps(content).encode("ascii"), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def _content(problems: Sequence[Problem]) -> list[tuple[str, str]]:
     return [(problem.id, problem.question) for problem in problems]
-
-
-def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    if size < 1:
-        raise ValueError(f"chunk_size is {size}, must be at least 1")
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _without_answer(problem: Problem) -> Problem:

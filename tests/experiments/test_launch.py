@@ -16,7 +16,12 @@ from spark_jax.experiments import launch, pipeline
     ("changes", "message"),
     [
         ({"task": "chess"}, "task='chess'.*arithmetic_chains"),
-        ({"model": "nowhere"}, "model='nowhere' is no folder with model.safetensors"),
+        ({"model": "nowhere"}, "model='nowhere' is no checkpoint folder.*smollm2-135m-instruct"),
+        ({"dtype": "float16"}, "dtype='float16'.*bfloat16"),
+        ({"chat.template": "maybe"}, "chat: chat.template='maybe'; choose auto"),
+        ({"verify.model": "nowhere"}, "verify.model='nowhere' is no checkpoint folder"),
+        ({"task_options.data": "x"}, "task: .*does not read task_options .'data'."),
+        ({"sft.data": "none.jsonl", "pipeline.sft": True}, "sft.data='none.jsonl' is no file"),
         ({"decode.max_new_tokens": 0}, "decode.max_new_tokens=0; it must be at least 1"),
         ({"verify.methods": ("single", "x")}, "verify.methods='x'.*step_consistency"),
         ({"verify.methods": ()}, "verify.methods is empty"),
@@ -94,7 +99,7 @@ def documented_commands():
 
 
 @pytest.mark.parametrize(("name", "arguments"), sorted(set(documented_commands())), ids=str)
-def test_documented_commands_pass_their_checks(name, arguments):
+def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkeypatch):
     """Up to the models and folders that earlier commands leave."""
     checked = launch.check_arguments(["x", *arguments])
     fields = [a.removeprefix("--config.").split("=", 1) for a in checked if "--config." in a]
@@ -104,18 +109,23 @@ def test_documented_commands_pass_their_checks(name, arguments):
             changes[field] = ast.literal_eval(text.capitalize() if text == "true" else text)
         except (ValueError, SyntaxError):
             changes[field] = text
-    changes.pop("model", None)
-    config = launch.changed(launch.load_config("configs/demo.py"), changes)
+    file = next(a.removeprefix("--config=") for a in checked if a.startswith("--config="))
+    changes |= {"model": "arithmetic_chains", "evaluate.generator": "arithmetic_chains"}
+    config = launch.changed(launch.load_config(file), changes)
     checks = {
+        "sft": launch.check_sft,
         "generate_verifications": launch.check_stage1,
         "train_prm": launch.check_prm,
         "train_rl": launch.check_rl,
         "evaluate": launch.check_evaluate,
         "pipeline": pipeline.check,
     }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples.jsonl").write_text("")
     launch.check_common(config)
     checks[name](config)
-    assert name == "pipeline" or "run_dir" in changes  # runs/demo is the pipeline's own
+    if file.endswith("demo.py"):  # runs/demo is the pipeline's own
+        assert name == "pipeline" or "run_dir" in changes
 
 
 def test_command_line_names_unknown_fields_and_files():

@@ -76,8 +76,8 @@ def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path,
             made.append(pipeline.make_base(config, tmp_path / "base", progress))
     assert made[0].model == made[0].evaluate.generator == str(tmp_path / "base")
     assert made[0].to_dict() == made[1].to_dict()
-    fresh, fresh_config, tokenizer = launch.load_model(made[0].model)
-    shipped, shipped_config, _ = launch.load_model(config.model)
+    fresh, fresh_config, tokenizer, _ = launch.load_model(made[0].model)
+    shipped, shipped_config, *_ = launch.load_model(config.model)
     assert fresh_config == shipped_config
     assert tokenizer.eos_token_id == 1
     assert float(abs(fresh.embedding - shipped.embedding).max()) > 0.1

@@ -8,7 +8,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.data import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
-from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
+from spark_jax.experiments import evaluate, generate_verifications, launch, sft, train_prm
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 
@@ -52,9 +52,9 @@ def test_reference_free_verifications_do_not_see_references(tiny, tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["orm", "prm", "prm_cot"])
 def test_every_kind_of_reward_model_trains(tiny, reward_models, kind):
-    params, config, tokenizer = launch.load_model(reward_models[kind])
+    params, config, tokenizer, _ = launch.load_model(reward_models[kind])
     assert config.vocab_size == len(tokenizer)
-    base, _, _ = launch.load_model(tiny.model)
+    base, *_ = launch.load_model(tiny.model)
     assert float(abs(params.embedding - base.embedding).max()) > 1e-4
 
 
@@ -68,7 +68,7 @@ def test_every_method_gives_targets(tiny, stage1, method):
 
 
 def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_prm, "SAVE_EVERY", 2)
+    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
     config = launch.changed(tiny, {"prm.data": str(stage1), "prm.steps": 5})
     train_prm.run(config, tmp_path / "whole")
     with pytest.raises(Stop):

