@@ -63,8 +63,9 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.task = "arithmetic_chains"
     config.task_options = task_options()
-    # A checkpoint directory, or the name of a task for the base that ships with it. The base is
-    # generator, verifier, start of the reward models and start of the policy.
+    # A checkpoint directory, a .gguf file, a hub id, or a name: arithmetic_chains, the base that
+    # ships with that task, or smollm2-135m-instruct. Where no other is named below it is generator,
+    # verifier and start of the reward models; it is always the start of the policy.
     config.model = "arithmetic_chains"
     config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
     config.chat = chat()
@@ -185,7 +186,7 @@ def get_config() -> ConfigDict:
             answer_from="format",  # or last_boxed, for models that were never taught the format
             kind=placeholder(str),  # of reward model, or verifier: any model; None: prm.kind
             votes=1,  # above 1, also reward models by majority over so many sampled judgements
-            num_solutions=250,  # held-out solutions that reward models are tried on,
+            num_solutions=250,  # held-out solutions that reward models are tried on, one a problem,
             generator="arithmetic_chains",  # and the model that writes them
             chunk_size=16,  # problems that benchmarks and processbench sample and save together
             processbench=dict(

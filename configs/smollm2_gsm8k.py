@@ -1,19 +1,23 @@
 """Every stage on GSM8K with SmolLM2-135M, small enough for two cores: does a model pass through?
 
     make smollm2
-    python -m spark_jax.experiments.sft --config=configs/smollm2_gsm8k.py \
+    python -m spark_jax.experiments.sft --config=configs/smollm2_word_problems.py \
         --config.run_dir=runs/smollm2_gsm8k/sft
     python -m spark_jax.experiments.generate_verifications --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/stage1
     python -m spark_jax.experiments.train_prm --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/prm
     python -m spark_jax.experiments.evaluate --config=configs/smollm2_gsm8k.py \
-        --config.run_dir=runs/smollm2_gsm8k/processbench
+        --config.run_dir=runs/smollm2_gsm8k/processbench \
+        --config.model=runs/smollm2_gsm8k/prm/model --config.evaluate.what=processbench \
+        --config.evaluate.processbench.splits="('gsm8k',)" \
+        --config.evaluate.processbench.num_samples=50
     python -m spark_jax.experiments.train_rl --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/rl
 
 A model of this size solves next to no problem of GSM8K, so this shows the path and not a gain. The
-first command teaches it the formats, on arithmetic in words. Data: SPARK_JAX_DATA or the hub.
+first command teaches it the formats, on arithmetic in words. GSM8K: SPARK_JAX_DATA or the hub;
+ProcessBench: SPARK_JAX_DATA alone.
 """
 
 from ml_collections import ConfigDict

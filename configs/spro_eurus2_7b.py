@@ -7,8 +7,9 @@ Policy Eurus-2-7B-SFT. From the paper: rule-based outcome rewards, 4 samples a p
 rewards is the initial policy. Our reading, where it is silent: beta .05 (PRIME's), 256 prompts a
 step, responses of 3072 tokens, 240 steps, the problems of MATH.
 
-No reward model, so the policy is all there is: 91 GB of float32 parameters and moments, 14 GB of
-reference in bfloat16. Eight devices of 80 GB, or a TPU slice.
+No reward model, so the policy is all there is: 91 GB of float32 parameters and moments, 30 GB of
+gradients, 30 GB of the initial policy, the reference. That is more than one device holds, and the
+experiments do not spread a model over several yet: `spro_qwen25_1_5b` is the size that runs.
 """
 
 from ml_collections import ConfigDict
