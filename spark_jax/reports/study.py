@@ -71,7 +71,7 @@ def collect(
         "stage1": stage1_scores(stage1, stage1_config["verify"]["samples_per_solution"]),
         "verifier": _verifier(stage1),
         "stage2": {method: _stage2(summaries) for method, summaries in stage2.items()},
-        "stage3": {arm: _stage3(_curves(runs[arm])) for arm in _judged_first(runs)},
+        "stage3": {arm: _stage3(_curves(runs[arm]), len(seeds)) for arm in _judged_first(runs)},
     }
     results["differences"] = _differences(results)
     return results
@@ -180,8 +180,9 @@ def _curves(folders: Sequence[Path]) -> dict[str, Any]:
     return curves
 
 
-def _stage3(curves: dict[str, Any]) -> dict[str, Any]:
-    accuracy = curves["eval/accuracy"]["values"]
+def _stage3(curves: dict[str, Any], num_seeds: int) -> dict[str, Any]:
+    """Without references no run has an accuracy: what is made of it is then missing."""
+    accuracy = curves.get("eval/accuracy", {"values": [[None]] * num_seeds})["values"]
     before, after = [one[0] for one in accuracy], [one[-1] for one in accuracy]
     return {
         "before": over_seeds(before),

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from spark_jax.reports import study
+from spark_jax.reports import plots, study, tables
 from spark_jax.reports.study import over_seeds
 
 
@@ -56,6 +56,21 @@ def test_missing_values_come_through_every_stage(pipeline):
     assert claim["per_seed"] == pytest.approx([0.1, None, 0.1])
     assert claims["III: accuracy, prm_grpo - random"]["num_seeds"] == 2
     json.dumps(results, allow_nan=False)
+
+
+def test_policies_whose_answers_cannot_be_graded_have_no_accuracy(pipeline, tmp_path):
+    def rl(seed, arm, step, row):
+        return {name: value for name, value in row.items() if "accuracy" not in name}
+
+    results = pipeline(rl=rl)
+    for scores in results["stage3"].values():
+        for figure in ("before", "after", "gain"):
+            assert scores[figure]["estimate"] is None
+            assert scores[figure]["per_seed"] == [None] * 3
+        assert scores["curves"]["response/length"]["step"] == [1, 2, 3, 4]
+    assert results["differences"]["III: accuracy, prm_grpo - random"]["estimate"] is None
+    assert "prm_grpo - random" in tables.as_text(results)
+    assert all(path.is_file() for path in plots.draw(results, tmp_path))
 
 
 def test_a_metric_that_a_run_has_at_few_steps_is_missing_at_the_others(pipeline):
