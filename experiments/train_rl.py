@@ -37,6 +37,7 @@ from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import evaluate, launch
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.models.config import ModelConfig
 from spark_jax.reports import plots
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
@@ -77,7 +78,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     config = launch.sub_config(config, "rl", "prm", "generate", "evaluate")
     loaded = launch.load_trainable(config, config.model)
     initial, model_config, tokenizer, _ = loaded
-    reference = _reference_policy(config, initial)
+    reference = _reference_policy(config, initial, model_config)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
@@ -87,7 +88,9 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
 
     update = compiled_step(model_config, json.dumps(_update_settings(config)))
-    train = state.create(jax.tree.map(jnp.copy, initial), _optimizer(config), _key(config))
+    if reference is initial:  # the updates take over the memory of what they start from
+        initial = jax.tree.map(jnp.copy, initial)
+    train = state.create(initial, _optimizer(config), _key(config))
 
     with (
         Checkpoints(folder.checkpoints, keep=config.rl.keep_checkpoints) as saved,
@@ -388,14 +391,22 @@ def _reward_model(config: Config, task: tasks.Task) -> tuple[Sample | None, task
     return text_sampler(model, launch.decode_options(config)), shown
 
 
-def _reference_policy(config: Config, initial: Any) -> Any:
+def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -> Any:
     """Parameters of π_ref, the initial policy unless `rl.reference_model` names another; None where
-    nothing compares with it."""
+    nothing compares with it. They are computed with the policy's configuration."""
     if not needs_reference_policy(config):
         return None
     if not config.rl.reference_model:
         return initial
-    return launch.load_model(config.rl.reference_model, dtype=config.dtype).params
+    other = launch.load_model(config.rl.reference_model, dtype=config.dtype)
+    for field in dataclasses.fields(ModelConfig):
+        given, needed = getattr(other.config, field.name), getattr(model_config, field.name)
+        if given != needed and field.name not in ("dtype", "max_positions", "remat"):
+            raise launch.ConfigError(
+                f"rl.reference_model={config.rl.reference_model!r} has {field.name}={given}, the "
+                f"policy {needed}; a reference policy must be of the policy's shape"
+            )
+    return other.params
 
 
 def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:

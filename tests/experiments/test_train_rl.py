@@ -1,5 +1,6 @@
 """RL runs: every reward and advantage, references out of reach, resumed bit for bit."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 from spark_jax.advantages import ADVANTAGES
 from spark_jax.data import tasks
 from spark_jax.experiments import launch, train_rl
+from spark_jax.models import transformer
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
 from spark_jax.text_generation import SampledText
 from spark_jax.training.metrics import read_metrics
@@ -72,6 +74,17 @@ def test_another_reference_policy(tiny, reward_models, tmp_path):
     changes = {"rl.reward": "random", "rl.advantage": "masked_step"}
     run(tiny, tmp_path, {**changes, "rl.reference_model": reward_models["prm_cot"]})
     assert learned(tmp_path, tiny)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "num_heads"])
+def test_a_reference_policy_of_another_shape_is_refused(tiny, tmp_path, field):
+    base = launch.load_model(tiny.model)
+    other = dataclasses.replace(base.config, **{field: getattr(base.config, field) * 2})
+    params = transformer.init(other, jax.random.key(0))
+    launch.save_model(tmp_path / "other", base._replace(params=params, config=other))
+    changes = {"rl.reward": "random", "rl.advantage": "spro"}
+    with pytest.raises(launch.ConfigError, match=rf"rl.reference_model=.* has {field}="):
+        run(tiny, tmp_path / "rl", {**changes, "rl.reference_model": str(tmp_path / "other")})
 
 
 def test_gap_is_measured_before_the_policy_moves(tiny, tmp_path):
