@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.generate.update(
         dict(
             model="Qwen/Qwen2.5-14B-Instruct",
-            num_problems=7500,
+            num_problems=7000,
             samples_per_problem=8,
             temperature=0.7,
             chunk_size=256,
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     config.rl.update(
         dict(
             steps=400,
-            num_problems=7500,
+            num_problems=7000,
             prompts_per_step=256,
             group_size=16,
             accumulation_steps=64,

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             reward="rule_based",
             advantage="spro",
             steps=240,
-            num_problems=7500,
+            num_problems=7000,
             prompts_per_step=256,
             group_size=4,
             accumulation_steps=32,

@@ -88,9 +88,11 @@ SOLUTIONS, VERIFIED = "solutions.jsonl", "verified.jsonl"
 
 
 def load(
-    path: Path, task: tasks.Task
+    config: Config, task: tasks.Task
 ) -> tuple[list[Problem], list[Solution], list[VerifiedSolution]]:
-    """What a finished stage I run left in `path`. FileNotFoundError where there is none."""
+    """What a finished stage I run left in the folder `prm.data`. FileNotFoundError where there is
+    none, ConfigError where it is of another task."""
+    path = Path(config.prm.data)
     for name in ("summary.json", VERIFIED):
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -101,6 +103,12 @@ def load(
     if made_with["task"] != task.name:
         raise launch.ConfigError(
             f"prm.data={str(path)!r} is of task {made_with['task']!r}, this run of {task.name!r}"
+        )
+    ours, theirs = config.task_options.to_dict(), made_with["task_options"]
+    if differing := [name for name in ours if ours[name] != theirs.get(name)]:
+        raise launch.ConfigError(
+            f"prm.data={str(path)!r} was made with other task_options: {differing}; it had "
+            f"{[theirs.get(name) for name in differing]}"
         )
     problems = task.problems(made_with["generate"]["num_problems"], made_with["seed"], "train")
     solutions = read_jsonl(path / SOLUTIONS, Solution)

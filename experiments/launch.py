@@ -36,7 +36,7 @@ from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.prm.evaluate import JUDGE_KINDS
 from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
-from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
+from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE, REWARDS_THAT_NEED_REFERENCES
 from spark_jax.text_generation import DecodeOptions, TextModel
 from spark_jax.training import optimizer
 from spark_jax.training.policy import Objective
@@ -139,6 +139,8 @@ def check_stage1(config: Config) -> None:
         raise ConfigError(f"verify.methods is empty; choose from {sorted(AGGREGATIONS)}")
     for method in config.verify.methods:
         _choose("verify.methods", method, AGGREGATIONS)
+        if AGGREGATIONS[method].reference:
+            _needs_references(config, f"verify.methods={method!r}")
     _at_least(1, config, "generate.num_problems", "generate.samples_per_problem")
     _at_least(1, config, "generate.chunk_size", "verify.chunk_size", "verify.samples_per_solution")
     for section in ("generate", "verify"):
@@ -264,10 +266,18 @@ def load_model(name: str, *, dtype: str = "float32", compute_dtype: str | None =
 
             params, config, tokenizer = base.load()
             return Loaded(params, config, tokenizer, (tokenizer.eos_token_id,))
-        path = model_path(name)
-        params, config = checkpoints.load(path, dtype=dtype)
+        try:
+            path = model_path(name)
+            params, config = checkpoints.load(path, dtype=dtype)
+            tokenizer = tokenizers.load(path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"model {name!r}: {error}") from error
         config = dataclasses.replace(config, dtype=compute_dtype or dtype)
-        tokenizer = tokenizers.load(path)
+        if len(tokenizer) > config.vocab_size:
+            raise ConfigError(
+                f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+                f"{config.vocab_size}; save the tokenizer that belongs to it"
+            )
         return Loaded(params, config, tokenizer, tokenizers.stop_ids(path, tokenizer))
 
 
@@ -363,6 +373,8 @@ def value_of(config: Config, field: str) -> Any:
 def _check_rewards_fit(config: Config) -> None:
     """The reward, the reward model's kind and the advantage need each other."""
     rl, kinds = config.rl, REWARDS_THAT_JUDGE.get(config.rl.reward)
+    if rl.reward in REWARDS_THAT_NEED_REFERENCES:
+        _needs_references(config, f"rl.reward={rl.reward!r}")
     if kinds is not None and config.prm.kind not in kinds:
         raise ConfigError(
             f"rl.reward={rl.reward!r} needs a reward model of kind {kinds}, but prm.kind="
@@ -373,6 +385,14 @@ def _check_rewards_fit(config: Config) -> None:
         raise ConfigError(
             f"rl.advantage={rl.advantage!r} needs step verdicts, which rl.reward={rl.reward!r} "
             f"does not give; choose one of {judging}"
+        )
+
+
+def _needs_references(config: Config, what: str) -> None:
+    if not load_task(config).has_references:
+        raise ConfigError(
+            f"{what} needs reference answers, which task={config.task!r} with these task_options "
+            "does not have"
         )
 
 
@@ -408,8 +428,20 @@ def _divides(field: str, total: int, parts: int) -> None:
 
 def _at_least(least: int, config: Config, *fields: str) -> None:
     for field in fields:
-        if value_of(config, field) < least:
+        value = value_of(config, field)
+        if value is None and field in MAY_BE_ALL:
+            continue
+        if value is None or value < least:
             raise ConfigError(f"{field}={value_of(config, field)}; it must be at least {least}")
+
+
+# None means all that there are, where a task does not make its problems.
+MAY_BE_ALL = (
+    "generate.num_problems",
+    "rl.num_problems",
+    "evaluate.num_problems",
+    "evaluate.num_solutions",
+)
 
 
 def _refuse(field: str, make: Callable[[], Any]) -> None:

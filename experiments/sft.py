@@ -82,6 +82,8 @@ def fine_tune(
 ) -> tuple[Any, dict[str, Any]]:
     """Updates by `section` (steps, batch_size, accumulation_steps, max_length, pack, optimizer) on
     packed or padded examples, from the folder's last checkpoint; parameters and what was counted.
+
+    The updates take over the memory of `loaded.params`, which cannot be used afterwards.
     """
     arrays = tokenize_examples(loaded.tokenizer, examples, max_length=section.max_length)
     counts = {"num_examples": len(arrays["tokens"]), "num_too_long": arrays["num_dropped"]}
@@ -91,9 +93,7 @@ def fine_tune(
         else SFTBatch(arrays["tokens"], arrays["loss_mask"])
     )
     order = batch_order(len(batches.tokens), section.batch_size, seed)
-    train = state.create(
-        jax.tree.map(jnp.copy, loaded.params), make_optimizer(section), jax.random.key(seed)
-    )
+    train = state.create(loaded.params, make_optimizer(section), jax.random.key(seed))
     update = compiled_step(
         loaded.config, json.dumps(_optimizer_settings(section)), section.accumulation_steps
     )

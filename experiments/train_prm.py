@@ -51,7 +51,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
 def examples(config: Config, task: tasks.Task) -> tuple[list[TrainingPair], dict[str, Any]]:
     """Prompt and target of every solution that the method verified, balanced if asked for."""
-    problems, solutions, verified = generate_verifications.load(Path(config.prm.data), task)
+    problems, solutions, verified = generate_verifications.load(config, task)
     counts: dict[str, Any] = {}
     if config.prm.balance:
         judged = [(r.problem_id, aggregated_by(r, config.prm.method)) for r in verified]

@@ -55,14 +55,7 @@ def load(path: str | Path) -> Any:
         ValueError: a GGUF file's tokenizer is of a kind that is not read here, or no end token.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
-        tokenizer = _from_gguf(path)
-    else:
-        from transformers import AutoTokenizer
-
-        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-            raise FileNotFoundError(f"{path} holds none of {_TOKENIZER_FILES}: no tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no end token (eos_token); set one and save it")
     if tokenizer.pad_token_id is None:  # masks say what counts, so that any token will do
@@ -136,6 +129,18 @@ def chat_format(text_format: TextFormat, tokenizer: Any, options: ChatOptions) -
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def _from_directory(path: Path) -> Any:
+    """`tokenizer.json` as it stands, where there is one: the class that transformers picks by the
+    model's type may cut text its own way or add tokens that the model does not have."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (path / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"{path} holds none of {_TOKENIZER_FILES}: no tokenizer")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _first_token(tokenizer: Any) -> str:

@@ -294,8 +294,11 @@ def _within(
     asked = options.train_split if role == "train" else options.eval_split
     own = problem_set.hub_splits.get(role)
     if path.is_dir():
-        names = {asked} if asked else {_TRAIN_AND_TEST[role], own}
+        names = [asked] if asked else [_TRAIN_AND_TEST[role], own]
         found = [file for name in names if name and (file := _local_file(path, name))]
+        if found and role == "train" and not asked:  # held-out problems that are called "train"
+            held_out = _within(problem_set, options, data, "eval", holds)
+            found = [file for file in found if file != held_out]
         if found or any(_local_file(path, name) for name in _TRAIN_AND_TEST.values()):
             return found[0] if found else None
     of_hub = data == problem_set.hub

@@ -186,7 +186,7 @@ def _arithmetic_chains(options: TaskOptions) -> Task:
 def _word_problems(options: TaskOptions) -> Task:
     from spark_jax.data import word_problems
 
-    refuse_options("word_problems", options, reads=("prompt_dir", "split_steps"))
+    refuse_options("word_problems", options, reads=("prompt_dir",))
     text_format = canonical(options)
     labels = functools.partial(word_problems.labels, text_format=text_format)
     return Task(

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out, one tensor at a time.
 
-What `save_hf` writes, transformers and vLLM load; what `load` reads may come from either. Only
-safetensors and GGUF files are read: no pickle, no code of the checkpoint's.
+What `save_hf` writes, transformers loads, and what else reads such folders. Only safetensors and
+GGUF files are read: no pickle, no code of the checkpoint's.
 """
 
 from __future__ import annotations

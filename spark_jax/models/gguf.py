@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp's format) read as if they were Hugging Face checkpoints.
 
-Needs the `gguf` package (extra `smollm2`). Quantised tensors come out dequantised in float32: what
+Needs the `gguf` package (extra `gguf`). Quantised tensors come out dequantised in float32: what
 is loaded is the file's rounded weights, in full precision.
 """
 
@@ -173,6 +173,6 @@ def _reader(path: Path) -> Any:
         import gguf
     except ImportError as error:
         raise ImportError(
-            f"{path}: reading a GGUF file needs the gguf package: pip install 'spark-jax[smollm2]'"
+            f"{path}: reading a GGUF file needs the gguf package: pip install 'spark-jax[gguf]'"
         ) from error
     return gguf.GGUFReader(path)

@@ -343,3 +343,17 @@ def test_the_splits_of_gsm8k_share_no_problem():
         for which in ("train", "eval")
     )
     assert not train & held_out
+
+
+def test_held_out_problems_in_a_file_called_train_are_not_trained_on(tmp_path, no_data):
+    """As in a snapshot of aime_2024; and a folder with both files is read the same every time."""
+    write(tmp_path / "train.jsonl", [{"problem": "1?", "answer": "1"}])
+    options = DataOptions(data=str(tmp_path))
+    found = splits("aime24", options)
+    assert [p.question for p in found("eval").problems] == ["1?"]
+    with pytest.raises(ValueError, match="train"):
+        found("train")
+    write(tmp_path / "test.jsonl", [{"problem": "2?", "answer": "2"}])
+    both = splits("aime24", options)
+    assert [p.question for p in both("eval").problems] == ["2?"]
+    assert [p.question for p in both("train").problems] == ["1?"]
