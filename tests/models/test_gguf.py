@@ -1,5 +1,10 @@
 """GGUF files, written here as llama.cpp lays them out, and the real one of SmolLM2."""
 
+import re
+import sys
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -163,3 +168,12 @@ def test_what_is_not_a_dense_decoder_is_refused_by_name(tmp_path):
     path = write(tmp_path / "c.gguf", tensors, metadata=[("llama.rope.scaling.type", "longrope")])
     with pytest.raises(ValueError, match=r"rope.scaling.type='longrope' without what is needed"):
         gguf.hf_config(path)
+
+
+def test_the_extra_that_a_missing_package_is_told_to_come_with_exists(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="needs the gguf package") as raised:
+        gguf.hf_config(tmp_path / "a.gguf")
+    (extra,) = re.findall(r"spark-jax\[(\w+)\]", str(raised.value))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(need.startswith("gguf") for need in project["optional-dependencies"][extra])
