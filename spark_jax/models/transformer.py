@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spark_jax.models import rotary
 from spark_jax.models.cache import Cache, PromptCache, Segment
 from spark_jax.models.config import ModelConfig
+from spark_jax.models.dot import dot
 
 _MASKED = -1e30  # finite, so that a fully masked row gives uniform weights rather than NaN
 
@@ -298,7 +299,7 @@ def _layer(
 
 def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Matrix product in x's dtype, accumulated in float32 (bfloat16 is slow and wrong without)."""
-    out = jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    out = dot(equation, x, weight)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)

@@ -1,0 +1,55 @@
+"""The matrix product of every layer: operands in the compute dtype, sums in float32, both ways.
+
+Automatic differentiation of a bfloat16 product with float32 sums multiplies the float32 cotangent
+by the bfloat16 operand. XLA then widens the operand: on CPU the backward pass runs at the speed of
+float32, and a copy of the weights is made. Here the cotangent is rounded to the operands' dtype
+first, and the products of the backward pass are of the same kind as that of the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dot(
+    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """einsum(equation, x, weight) in float32, multiplied in x's dtype.
+
+    `weight` may be wider than x, such as the float32 master of a bfloat16 computation: it is rounded
+    to x's dtype for the product, and its gradient is the float32 sum, never rounded to bfloat16. The
+    gradient of x has x's dtype.
+
+    Args:
+      equation: "x,weight->out" without ellipses; every letter stands in two of the three.
+    """
+    return _dot(equation, x, weight.astype(x.dtype))
+
+
+def _forward(equation: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return dot(equation, x, weight), (x, weight)
+
+
+def _backward(
+    equation: str, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    x, weight = operands
+    inputs, out = equation.split("->")
+    x_axes, weight_axes = inputs.split(",")
+    cotangent = cotangent.astype(x.dtype)
+    # x first: XLA:CPU transposes x, which is narrow, rather than the cotangent of a wide layer.
+    weight_gradient = _dot(f"{x_axes},{out}->{weight_axes}", x, cotangent)
+    x_gradient = _dot(f"{out},{weight_axes}->{x_axes}", cotangent, weight.astype(x.dtype))
+    return x_gradient.astype(x.dtype), weight_gradient.astype(weight.dtype)
+
+
+def _dot(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+dot.defvjp(_forward, _backward)
