@@ -1,6 +1,7 @@
 """The jitted batched decoder: continuous batching inside one program.
 
 W slots make a lane; the slots of a lane sample from one prompt, whose keys and values they share.
+What all prompts begin with, the template, is prefilled once and shared by all lanes.
 The outer loop admits waiting prompts into lanes that have no work left (one prefill for several);
 the inner loop decodes one token for every slot, and hands a slot that finished the next sample of
 its lane's prompt, which costs no prefill at all.
@@ -50,11 +51,12 @@ class Shape:
 
 @flax.struct.dataclass
 class Requests:
-    tokens: Any  # [P, L] right-padded
+    tokens: Any  # [P, L] right-padded; what follows the template, at least one token each
     lengths: Any  # [P]
     max_new_tokens: Any  # [P]
     sampling: Sampling  # [P] fields
     count: Any  # [] the first `count` prompts are real, the rest padding
+    template: Any = None  # [C] what all prompts begin with
 
 
 @flax.struct.dataclass
@@ -89,6 +91,11 @@ def decode(
     num_prompts, prompt_length = requests.tokens.shape
     idle = num_prompts * shape.group_size
     stacked = not isinstance(params.layers, tuple)
+    template = None
+    if requests.template is not None:
+        whole = jnp.full(1, len(requests.template), jnp.int32)
+        alone = transformer.prefill(params, config, requests.template[None], whole)
+        template = alone.as_template()
     cache = kv_cache.empty(
         config,
         lanes=shape.lanes,
@@ -96,6 +103,7 @@ def decode(
         prompt_length=prompt_length,
         columns=shape.columns,
         stacked=stacked,
+        template=template,
     )
     slots = (shape.lanes, shape.width)
     lanes = _Lanes(
@@ -161,7 +169,7 @@ def _admit(
     prompts = jnp.minimum(waiting + jnp.arange(shape.prefill), requests.tokens.shape[0] - 1)
     # The last prompt token is not prefilled: it is each sample's first decode step.
     new = transformer.prefill(
-        params, config, requests.tokens[prompts], requests.lengths[prompts] - 1
+        params, config, requests.tokens[prompts], requests.lengths[prompts] - 1, cache.template
     )
     order = jnp.where(admitted, rank, shape.prefill)
     into = jnp.full(shape.prefill, shape.lanes).at[order].set(jnp.arange(shape.lanes), mode="drop")
@@ -244,7 +252,8 @@ def _step(
     busy = lanes.request < idle
     age = (column - jnp.arange(ring)) % ring
     own_mask = age < lanes.count[..., None] + 1
-    positions = requests.lengths[lanes.prompt][:, None] - 1 + lanes.count
+    start = 0 if cache.template is None else cache.template.length
+    positions = start + requests.lengths[lanes.prompt][:, None] - 1 + lanes.count
     scores, cache = transformer.decode_step(
         params, config, cache, lanes.token, positions, own_mask, column
     )

@@ -15,6 +15,13 @@ from spark_jax.decoding.sampling import Sampling
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
 
+# Sharing costs two more matrix products per layer and step, and saves (P - 1) · C prompt tokens:
+# below this it is not worth another program.
+MIN_SHARED_PREFIX = 64  # tokens
+# Prefixes are cut to whole grains, so that what prompts agree in by chance beyond their template
+# compiles nothing, and the template needs no mask.
+PREFIX_GRAIN = 32  # tokens
+
 
 def generate(
     params: transformer.Params,
@@ -28,10 +35,12 @@ def generate(
     max_prompt_length: int | None = None,
     slots: int | None = None,
     slots_per_lane: int | None = None,
+    min_shared_prefix: int = MIN_SHARED_PREFIX,
 ) -> Rollout:
     """Samples every prompt `samples_per_prompt` times.
 
-    Each prompt is prefilled once and its samples share its keys and values. Token t of row b is
+    Each prompt is prefilled once and its samples share its keys and values; what all prompts begin
+    with is prefilled once for all (`Rollout.shared_prefix` says how much). Token t of row b is
     drawn with a uniform number that depends on (key, b, t) alone, so the result does not depend on
     how rows were scheduled into slots.
 
@@ -45,6 +54,7 @@ def generate(
         batching: a finished row makes room for a waiting one.
       slots_per_lane: slots that share one prompt. Fewer than G lets a group's samples follow one
         another in the same slots; None takes G, or a quarter of it when rows have to wait.
+      min_shared_prefix: tokens; a shorter common prefix is not shared. At least 1.
 
     Raises:
       ValueError: an empty prompt, one above `max_prompt_length` or with an id outside the
@@ -61,6 +71,8 @@ def generate(
         raise ValueError(f"slots={slots}; it must be at least 1")
     if slots_per_lane is not None and slots_per_lane < 1:
         raise ValueError(f"slots_per_lane={slots_per_lane}; it must be at least 1")
+    if min_shared_prefix < 1:
+        raise ValueError(f"min_shared_prefix={min_shared_prefix}; it must be at least 1")
     waiting = slots is not None and slots < num_rows
     width = slots_per_lane or (-(-samples_per_prompt // 4) if waiting else samples_per_prompt)
     width = min(width, samples_per_prompt, slots or num_rows)
@@ -73,19 +85,35 @@ def generate(
         columns=ladder(int(limits.max())),
         prefill=max(1, lanes // 4) if waiting else lanes,
     )
-    length = max_prompt_length or ladder(int(lengths.max()))
-    right_padded = np.zeros((padded, length), np.int32)
-    for row, prompt in zip(right_padded, prompts, strict=False):
-        row[: len(prompt)] = prompt
+    prefix = shared_prefix(prompts, min_shared_prefix)
+    own = [prompt[prefix:] for prompt in prompts]
+    own_length = max_prompt_length - prefix if max_prompt_length else ladder(max(map(len, own)))
     requests = decoder.Requests(
-        tokens=right_padded,
-        lengths=_pad(lengths, padded),
+        tokens=_right_padded(own, padded, own_length),
+        lengths=_pad(lengths - prefix, padded),
         max_new_tokens=_pad(limits, padded),
         sampling=jax.tree.map(lambda x: _pad(x, padded), sampling.per_prompt(len(prompts))),
         count=np.int32(len(prompts)),
+        template=np.asarray(prompts[0][:prefix], np.int32) if prefix else None,
     )
     out = decoder.decode(params, requests, key, config=config, shape=shape)
-    return _rollout(out, right_padded[: len(prompts)], lengths, int(limits.max()), shape)
+    left_padded = _left_padded(prompts, max_prompt_length or ladder(int(lengths.max())))
+    return _rollout(out, left_padded, lengths, int(limits.max()), shape, prefix)
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PREFIX) -> int:
+    """Tokens that all prompts begin with and of which one copy will do, in whole grains; 0 where
+    that is less than `minimum` or there is one prompt only. Each prompt keeps a token of its own:
+    the decoder feeds every prompt's last token itself."""
+    if len(prompts) < 2:
+        return 0
+    # The common prefix of the least and the greatest in lexical order is that of all.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    limit = min(len(prompt) for prompt in prompts) - 1
+    pairs = zip(first[:limit], last[:limit], strict=True)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
+    common -= common % PREFIX_GRAIN
+    return common if common >= minimum else 0
 
 
 def layout(params: transformer.Params, config: ModelConfig) -> transformer.Params:
@@ -107,19 +135,21 @@ _unstack = jax.jit(transformer.unstack, static_argnums=1)
 
 
 def _rollout(
-    out: decoder.Outputs, prompts: np.ndarray, lengths: np.ndarray, limit: int, shape: decoder.Shape
+    out: decoder.Outputs,
+    left_padded: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    shape: decoder.Shape,
+    prefix: int,
 ) -> Rollout:
     """Cuts the padding off on the host: sliced on the device, every size would compile anew."""
-    rows = len(prompts) * shape.group_size
+    rows = len(left_padded) * shape.group_size
     out = jax.device_get(out)
     counts = out.counts[:rows]
-    left_padded = np.zeros_like(prompts)
-    for row, prompt, n in zip(left_padded, prompts, lengths, strict=True):
-        row[len(row) - n :] = prompt[:n]
     slot_steps = max(int(out.steps) * shape.lanes * shape.width, 1)
     rollout = Rollout(
         prompt_tokens=left_padded,
-        prompt_mask=np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None],
+        prompt_mask=np.arange(-left_padded.shape[1], 0) >= -lengths[:, None],
         tokens=out.tokens[:rows, :limit],
         mask=np.arange(limit) < counts[:, None],
         logprobs=out.logprobs[:rows, :limit],
@@ -127,9 +157,24 @@ def _rollout(
         finished=out.finished[:rows],
         decode_steps=out.steps,
         slot_occupancy=np.float32(counts.sum() / slot_steps),
+        shared_prefix=np.int32(prefix),
         group_size=shape.group_size,
     )
     return jax.device_put(rollout)  # unlike jnp.asarray, compiles nothing
+
+
+def _right_padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
+    tokens = np.zeros((rows, length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    return tokens
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    return tokens
 
 
 def _limits(max_new_tokens: int | Sequence[int], num_prompts: int) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The decoder's key-value cache: one copy of each prompt, and the samples' own tokens.
+"""The decoder's key-value cache, a tree: a template, one copy of each prompt, the samples' tokens.
 
-Slots are grouped in lanes: the W slots of a lane sample from one prompt and share its keys and
-values. Per-layer arrays are a tuple (unrolled decoding) or stacked on axis 0 (scanned decoding).
+A template is what all prompts begin with; a prompt's own part is what follows it. Slots are grouped
+in lanes: the W slots of a lane sample from one prompt and share its keys and values. Per-layer
+arrays are a tuple (unrolled decoding) or stacked on axis 0 (scanned decoding).
 """
 
 from __future__ import annotations
@@ -17,12 +18,36 @@ from spark_jax.models.config import ModelConfig
 
 
 @flax.struct.dataclass
+class Template:
+    """Keys and values of the C tokens that all prompts begin with, per layer [H_kv, C, K]."""
+
+    keys: Any
+    values: Any
+
+    @property
+    def length(self) -> int:
+        return jax.tree.leaves(self.keys)[0].shape[-2]
+
+    def layers(self) -> Any:
+        """(keys, values) as `transformer` walks them: a list of pairs, or a stacked pair."""
+        if isinstance(self.keys, tuple):
+            return list(zip(self.keys, self.values, strict=True))
+        return self.keys, self.values
+
+
+@flax.struct.dataclass
 class PromptCache:
     """Keys and values of prompts, per layer [P, H_kv, L, K]; `lengths` [P] says how many count."""
 
     keys: Any
     values: Any
     lengths: Any
+
+    def as_template(self) -> Template:
+        """The only prompt (P = 1), every token of it, as a template for others."""
+        axis = 0 if isinstance(self.keys, tuple) else 1
+        keys, values = jax.tree.map(lambda x: x.squeeze(axis), (self.keys, self.values))
+        return Template(keys, values)
 
 
 class Segment(NamedTuple):
@@ -32,15 +57,18 @@ class Segment(NamedTuple):
     prompt_values: Any
     keys: Any  # [R, W, H_kv, T, K]
     values: Any
+    template: Any = None  # (keys, values), each [H_kv, C, K]
 
 
 @flax.struct.dataclass
 class Cache:
-    """R lanes of W slots: the lanes' prompts, and T columns of own tokens for each slot."""
+    """R lanes of W slots: the template, the lanes' prompts after it, and T columns of own tokens
+    for each slot."""
 
     prompt: PromptCache
     keys: Any  # per layer [R, W, H_kv, T, K]
     values: Any
+    template: Template | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -49,13 +77,22 @@ class Cache:
     def segments(self) -> Any:
         """The cache as `transformer` walks it: a list of segments, or stacked segments to scan."""
         parts = (self.prompt.keys, self.prompt.values, self.keys, self.values)
-        if isinstance(self.keys, tuple):
-            return [Segment(*layer) for layer in zip(*parts, strict=True)]
-        return Segment(*parts)
+        template = None if self.template is None else self.template.layers()
+        if not isinstance(self.keys, tuple):
+            return Segment(*parts, template)
+        templates = template or [None] * len(self.keys)
+        return [Segment(*layer) for layer in zip(*parts, templates, strict=True)]
 
 
 def empty(
-    config: ModelConfig, *, lanes: int, width: int, prompt_length: int, columns: int, stacked: bool
+    config: ModelConfig,
+    *,
+    lanes: int,
+    width: int,
+    prompt_length: int,
+    columns: int,
+    stacked: bool,
+    template: Template | None = None,
 ) -> Cache:
     """A cache of zeros with no valid token in it."""
 
@@ -68,7 +105,7 @@ def empty(
     prompt_shape = (lanes, config.num_kv_heads, prompt_length)
     own_shape = (lanes, width, config.num_kv_heads, columns)
     prompt = PromptCache(zeros(*prompt_shape), zeros(*prompt_shape), jnp.zeros(lanes, jnp.int32))
-    return Cache(prompt, zeros(*own_shape), zeros(*own_shape))
+    return Cache(prompt, zeros(*own_shape), zeros(*own_shape), template)
 
 
 def insert(cache: Cache, prompts: PromptCache, lanes: Any) -> Cache:

@@ -11,6 +11,7 @@ log-probabilities agree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spark_jax.models import rotary
-from spark_jax.models.cache import Cache, PromptCache, Segment
+from spark_jax.models.cache import Cache, PromptCache, Segment, Template
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.dot import dot
 
@@ -165,21 +166,27 @@ def forward(
 
 
 def prefill(
-    params: Params, config: ModelConfig, tokens: Int[Array, "P L"], lengths: Int[Array, " P"]
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "P L"],
+    lengths: Int[Array, " P"],
+    template: Template | None = None,
 ) -> PromptCache:
-    """Keys and values of right-padded prompts.
+    """Keys and values of right-padded prompts, or of what follows a template in each of them.
 
     No logits: the decoder feeds each prompt's last token through `decode_step`, so the [P, V]
-    scores of a prefill are never needed.
+    scores of a prefill are never needed. The template is attended to, not copied.
     """
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    start = 0 if template is None else template.length
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     mask = _causal_mask(valid.astype(jnp.int32))
 
-    def attend(q: Array, k: Array, v: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-        return _attend(q, k, v, mask), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(q: Array, k: Array, v: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
+        return _attend(q, k, v, mask, before), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    _, (keys, values) = _run(params, config, tokens, positions, attend)
+    layers = None if template is None else template.layers()
+    _, (keys, values) = _run(params, config, tokens, positions, attend, layers)
     return PromptCache(keys=keys, values=values, lengths=lengths)
 
 
@@ -192,7 +199,8 @@ def decode_step(
     own_mask: Bool[Array, "R W T"],
     column: Int[Array, ""],
 ) -> tuple[Float[Array, "R W V"], Cache]:
-    """One token for each of W slots in each of R lanes; the slots of a lane share its prompt.
+    """One token for each of W slots in each of R lanes; the slots of a lane share its prompt, and
+    all share the template. `positions` count from the template's start.
 
     The new keys and values are written at `column` of the slots' own cache, the same column for all
     (one in-place slice update, no scatter). `own_mask` marks the columns that hold each slot's own
@@ -207,9 +215,8 @@ def decode_step(
         q, k, v = (x.reshape(lanes, width, *x.shape[2:]) for x in (q, k, v))
         keys = jax.lax.dynamic_update_slice_in_dim(kv.keys, k[:, :, :, None], column, axis=3)
         values = jax.lax.dynamic_update_slice_in_dim(kv.values, v[:, :, :, None], column, axis=3)
-        out = _attend_segments(
-            q, kv.prompt_keys, kv.prompt_values, prompt_mask, keys, values, own_mask
-        )
+        kv = kv._replace(keys=keys, values=values)
+        out = _attend_segments(q, kv, prompt_mask, own_mask)
         return out.reshape(lanes * width, 1, *out.shape[2:]), (keys, values)
 
     hidden, (keys, values) = _run(
@@ -349,47 +356,86 @@ def _attend(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
+    template: tuple[Float[Array, "G C K"], Float[Array, "G C K"]] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention; the queries of one KV head are folded, KV is never repeated.
 
-    Weights are rounded to the values' dtype before they are normalised, as in `_attend_segments`:
-    in bfloat16 sampler and scorer would drift apart otherwise.
+    With a template's keys and values every query attends to all of them too.
     """
     b, t, h, d = q.shape
     folded = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
     scores = jnp.einsum("btgqk,bsgk->bgqts", folded, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum(
-        "bgqts,bsgk->btgqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    out /= jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
-    return out.reshape(b, t, h, d).astype(q.dtype)
+
+    def weigh(weights: Array) -> Array:
+        return jnp.einsum("bgqts,bsgk->bgqtk", weights, v, preferred_element_type=jnp.float32)
+
+    parts: list[_Part] = [(scores, weigh)]
+    if template is not None:
+        parts.append(_template_part(jnp.moveaxis(folded, 1, 3), template))
+    out = _join(parts, v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(q.dtype)
 
 
 def _attend_segments(
     q: Float[Array, "R W H K"],
-    prompt_keys: Float[Array, "R G L K"],
-    prompt_values: Float[Array, "R G L K"],
+    kv: Segment,
     prompt_mask: Bool[Array, "R L"],
-    keys: Float[Array, "R W G T K"],
-    values: Float[Array, "R W G T K"],
     own_mask: Bool[Array, "R W T"],
 ) -> Float[Array, "R W H K"]:
-    """One query per slot against its lane's prompt and its own tokens, joined by their shared
-    maximum and sum: nothing is copied or concatenated."""
+    """One query per slot against the template, its lane's prompt and its own tokens."""
     r, w, h, d = q.shape
     # Batch axes first: the lane's W · Q queries of one KV head then make one plain matrix product.
-    folded = q.reshape(r, w, keys.shape[2], -1, d).swapaxes(1, 2)
+    folded = q.reshape(r, w, kv.keys.shape[2], -1, d).swapaxes(1, 2)
     dot = {"preferred_element_type": jnp.float32}
-    shared = jnp.einsum("rgwqk,rglk->rgwql", folded, prompt_keys, **dot) * d**-0.5
-    own = jnp.einsum("rgwqk,rwgtk->rgwqt", folded, keys, **dot) * d**-0.5
+    shared = jnp.einsum("rgwqk,rglk->rgwql", folded, kv.prompt_keys, **dot) * d**-0.5
+    own = jnp.einsum("rgwqk,rwgtk->rgwqt", folded, kv.keys, **dot) * d**-0.5
+    # Every slot has a token of its own, so the joint maximum is never the masked value.
     shared = jnp.where(prompt_mask[:, None, None, None], shared, _MASKED)
     own = jnp.where(own_mask[:, None, :, None], own, _MASKED)
-    # Every slot has a token of its own, so the joint maximum is never the masked value.
-    top = jnp.maximum(shared.max(-1), own.max(-1))[..., None]
-    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    out = jnp.einsum("rgwql,rglk->rgwqk", shared.astype(q.dtype), prompt_values, **dot)
-    out += jnp.einsum("rgwqt,rwgtk->rgwqk", own.astype(q.dtype), values, **dot)
-    out /= (shared.sum(-1) + own.sum(-1))[..., None]
+    parts: list[_Part] = [
+        (shared, lambda weights: jnp.einsum("rgwql,rglk->rgwqk", weights, kv.prompt_values, **dot)),
+        (own, lambda weights: jnp.einsum("rgwqt,rwgtk->rgwqk", weights, kv.values, **dot)),
+    ]
+    if kv.template is not None:
+        parts.append(_template_part(folded, kv.template))
+    out = _join(parts, q.dtype)
     return out.swapaxes(1, 2).reshape(r, w, h, d).astype(q.dtype)
+
+
+# Scores [..., S] of some keys, masked, and what multiplies weights [..., S] with their values.
+_Part = tuple[Array, Callable[[Array], Array]]
+
+
+def _template_part(
+    q: Float[Array, "B G *N K"], template: tuple[Float[Array, "G C K"], Float[Array, "G C K"]]
+) -> _Part:
+    """All rows' queries of one KV head against the template in one matrix product: its keys are
+    read once, whatever the batch."""
+    keys, values = template
+    by_head = q.swapaxes(0, 1)
+    rows = by_head.reshape(len(keys), -1, q.shape[-1])
+    dot = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("gnk,gck->gnc", rows, keys, **dot) * q.shape[-1] ** -0.5
+
+    def weigh(weights: Array) -> Array:
+        flat = weights.swapaxes(0, 1).reshape(scores.shape)
+        out = jnp.einsum("gnc,gck->gnk", flat, values, **dot)
+        return out.reshape(by_head.shape).swapaxes(0, 1)
+
+    return scores.reshape(*by_head.shape[:-1], -1).swapaxes(0, 1), weigh
+
+
+def _join(parts: list[_Part], dtype: Any) -> Float[Array, "..."]:
+    """Attention over several sets of keys, joined by their common maximum and sum: nothing is
+    copied or concatenated.
+
+    Weights are rounded to `dtype` before they are normalised, in sampler and scorer alike: in
+    bfloat16 they would drift apart otherwise.
+    """
+    tops = [scores.max(axis=-1, keepdims=True) for scores, _ in parts]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    weights = [jnp.exp(scores - top) for scores, _ in parts]
+    out = [weigh(w.astype(dtype)) for w, (_, weigh) in zip(weights, parts, strict=True)]
+    total = [w.sum(axis=-1, keepdims=True) for w in weights]
+    return functools.reduce(jnp.add, out) / functools.reduce(jnp.add, total)

@@ -1,0 +1,154 @@
+"""What all prompts begin with is held once: against the same prompts with nothing shared."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_jax import decoding, scoring
+from spark_jax.decoding import decoder
+from spark_jax.decoding.generate import MIN_SHARED_PREFIX, PREFIX_GRAIN, shared_prefix
+from spark_jax.models import cache, transformer
+from spark_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
+)
+TEMPLATE = np.random.default_rng(1).integers(0, 50, 70).tolist()
+NEVER = 10**9
+STOP = decoding.Sampling(stop_ids=(3,))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init(CONFIG, jax.random.key(0))
+
+
+def generate(params, prompts, config=CONFIG, **options):
+    options = {"sampling": STOP, "samples_per_prompt": 2, "max_new_tokens": 12, **options}
+    return decoding.generate(params, config, prompts, key=jax.random.key(5), **options)
+
+
+def endings(*lengths):
+    rng = np.random.default_rng(2)
+    return [TEMPLATE + rng.integers(0, 50, n).tolist() for n in lengths]
+
+
+def responses(rollout):
+    rows = zip(np.asarray(rollout.tokens), np.asarray(rollout.mask), strict=True)
+    return [row[mask].tolist() for row, mask in rows]
+
+
+def assert_same(shared, alone, prefix):
+    assert int(shared.shared_prefix) == prefix
+    assert int(alone.shared_prefix) == 0
+    assert responses(shared) == responses(alone)
+    np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(shared.prompt_tokens, alone.prompt_tokens)
+    np.testing.assert_array_equal(shared.prompt_mask, alone.prompt_mask)
+
+
+@pytest.mark.parametrize("unstacked", [True, False])
+def test_sharing_changes_no_token(params, unstacked):
+    """Ragged remainders; one prompt is the template itself and no more."""
+    prompts = [*endings(1, 9, 4), TEMPLATE]
+    layout = decoding.layout(params, CONFIG) if unstacked else params
+    assert_same(
+        generate(layout, prompts), generate(layout, prompts, min_shared_prefix=NEVER), prefix=64
+    )
+
+
+def test_a_prompt_of_one_token_after_the_template(params):
+    """Nothing of it is prefilled: its only own token is the first that is decoded."""
+    prompts = [[*TEMPLATE[:64], 7], TEMPLATE[:64] + [8] * 6, TEMPLATE[:64] + [9] * 6]
+    assert_same(generate(params, prompts), generate(params, prompts, min_shared_prefix=NEVER), 64)
+
+
+def test_slots_and_lanes_change_no_token(params):
+    prompts = endings(3, 9, 1, 5, 2)
+    together = generate(params, prompts, samples_per_prompt=3)
+    few = generate(params, prompts, samples_per_prompt=3, slots=4, slots_per_lane=2)
+    assert int(few.shared_prefix) == 64
+    assert responses(few) == responses(together)
+    np.testing.assert_allclose(few.logprobs, together.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_sampler_agrees_with_scorer(dtype, tolerance):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    params = transformer.init(config, jax.random.key(0))
+    rollout = generate(decoding.layout(params, config), endings(1, 9, 4), config)
+    assert int(rollout.shared_prefix) == 64
+    prompt_tokens, prompt_mask = (
+        jnp.repeat(x, 2, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
+    )
+    scored, _ = scoring.response_logprobs_and_entropy(
+        params, config, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
+    )
+    np.testing.assert_allclose(rollout.logprobs, scored, atol=tolerance)
+
+
+def test_prefill_after_a_template_equals_prefill_of_the_whole(params):
+    tokens = jnp.asarray(endings(9, 9))
+    whole = transformer.prefill(params, CONFIG, tokens, jnp.full(2, 79))
+    template = transformer.prefill(params, CONFIG, tokens[:1, :70], jnp.full(1, 70)).as_template()
+    assert template.length == 70
+    rest = transformer.prefill(params, CONFIG, tokens[:, 70:], jnp.full(2, 9), template)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[..., 70:, :], atol=1e-5),
+        (rest.keys, rest.values),
+        (whole.keys, whole.values),
+    )
+
+
+def test_the_template_is_held_once(params):
+    """Its keys have no axis for lanes or slots."""
+    template = transformer.prefill(
+        transformer.unstack(params, CONFIG), CONFIG, jnp.asarray([TEMPLATE]), jnp.full(1, 70)
+    ).as_template()
+    kv = cache.empty(
+        CONFIG, lanes=3, width=2, prompt_length=5, columns=4, stacked=False, template=template
+    )
+    assert [k.shape for k, _ in (s.template for s in kv.segments())] == [(2, 70, 8)] * 2
+
+
+def test_templates_and_prompts_within_their_bucket_compile_nothing(params):
+    generate(params, endings(8, 5, 7))
+    before = decoder.decode._cache_size()
+    longer = [[*TEMPLATE, *([1] * extra), last] for extra in (5, 6) for last in (2, 3)]
+    assert shared_prefix(longer) == 64
+    shorter = [[*p[:76], i] for i, p in enumerate(longer)]
+    for prompts in (endings(7, 8, 2), longer[:3], shorter[:3]):
+        generate(params, prompts, sampling=decoding.Sampling(top_p=0.9, temperature=0.7))
+    padded = [generate(params, p, max_prompt_length=100) for p in (endings(1, 2, 3), longer[:3])]
+    assert [int(r.shared_prefix) for r in padded] == [64, 64]
+    assert decoder.decode._cache_size() == before + 1
+
+
+def test_what_is_not_shared(params):
+    other = [TEMPLATE[0] + 1, *TEMPLATE[1:]]
+    assert shared_prefix([TEMPLATE]) == 0
+    assert shared_prefix([TEMPLATE, other]) == 0
+    assert shared_prefix([TEMPLATE, TEMPLATE, TEMPLATE[: MIN_SHARED_PREFIX - 1]]) == 0
+    assert shared_prefix([TEMPLATE, TEMPLATE]) == 64
+    # The shortest prompt keeps a token of its own.
+    assert shared_prefix([TEMPLATE[:64], TEMPLATE], minimum=1) == 32
+    with pytest.raises(ValueError, match="min_shared_prefix=0"):
+        generate(params, [TEMPLATE], min_shared_prefix=0)
+
+
+@given(seed=st.integers(0, 10**6), grains=st.integers(0, 4), count=st.integers(2, 5))
+def test_detection_equals_a_plain_loop(seed, grains, count):
+    rng = np.random.default_rng(seed)
+    stem = rng.integers(0, 3, grains * PREFIX_GRAIN + rng.integers(0, 9)).tolist()
+    prompts = [stem + rng.integers(0, 3, rng.integers(1, 6)).tolist() for _ in range(count)]
+    n = 0
+    while all(len(p) > n + 1 and p[n] == prompts[0][n] for p in prompts):
+        n += 1
+    n -= n % PREFIX_GRAIN
+    assert shared_prefix(prompts, 1) == n
+    assert shared_prefix(prompts) == (n if n >= MIN_SHARED_PREFIX else 0)
