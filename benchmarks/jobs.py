@@ -1,0 +1,537 @@
+"""What is measured. One function per question; each says who takes part and with which job.
+
+A job is plain JSON, so that a peer in another environment can read it: shapes, tokens, settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from spark_jax.models import config
+from spark_jax.models.config import ModelConfig
+
+from . import roofline
+from .measure import Contender
+
+Job = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shapes of all jobs; lengths in tokens."""
+
+    model: ModelConfig
+    batch: int  # rows decoded at once, and rows of a train step
+    prompt: int
+    new: int
+    large_batch: int
+    prefilled: int  # prompt length where prefill is what is measured
+    problems: int  # of the stage-I load, each with
+    samples: int  # verifications
+    template: int  # common to all of its prompts
+    shared: int  # length of its prompts
+    limit: int  # of its answers
+    stop_every: int  # one in so many token ids ends an answer
+    slots: int  # rows at a time where rows have to wait
+    page: int  # of transformers' paged cache
+    requests: int  # for continuous batching, each with its own length from the range below
+    shortest: int
+    scored: int  # tokens that meet the vocabulary
+    product: int  # side of the matrices whose product gives the roofline
+    read: int  # bytes whose sum gives it
+    trains: bool = True  # whether a train state fits one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the jobs of one run have in common."""
+
+    size: Size
+    platform: str
+    weights: str | None  # a checkpoint that every program loads; None: each draws its own
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return config.to_hf(self.size.model)
+
+
+# Tunix 0.1.7 computes rotary angles with this base whatever its configuration says.
+ROPE_THETA = 1_000_000.0
+
+CPU = Size(
+    model=ModelConfig(  # SmolLM2-135M
+        vocab_size=49152,
+        width=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        rope_theta=ROPE_THETA,
+    ),
+    batch=16,
+    prompt=64,
+    new=128,
+    large_batch=64,
+    prefilled=512,
+    problems=8,
+    samples=16,
+    template=384,
+    shared=512,
+    limit=256,
+    stop_every=128,
+    slots=32,
+    page=128,
+    requests=48,
+    shortest=32,
+    scored=4096,
+    product=2048,
+    read=1 << 29,
+)
+QUICK = Size(
+    model=ModelConfig(
+        vocab_size=64,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=24,
+        rope_theta=ROPE_THETA,
+    ),
+    batch=4,
+    prompt=8,
+    new=4,
+    large_batch=8,
+    prefilled=16,
+    problems=2,
+    samples=4,
+    template=12,
+    shared=16,
+    limit=8,
+    stop_every=8,
+    slots=4,
+    page=8,
+    requests=6,
+    shortest=2,
+    scored=64,
+    product=64,
+    read=1 << 16,
+)
+ACCELERATOR = dataclasses.replace(
+    CPU,
+    model=ModelConfig(  # Qwen2.5-1.5B
+        vocab_size=151936,
+        width=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_width=8960,
+        qkv_bias=True,
+        rope_theta=ROPE_THETA,
+    ),
+    batch=64,
+    prompt=256,
+    new=256,
+    large_batch=256,
+    prefilled=2048,
+    problems=32,
+    slots=256,
+    limit=1024,
+    stop_every=512,
+    requests=1024,
+    product=8192,
+    read=1 << 33,
+)
+QWEN_7B = dataclasses.replace(
+    ACCELERATOR,
+    model=ModelConfig(
+        vocab_size=152064,
+        width=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_width=18944,
+        tied_embeddings=False,
+        qkv_bias=True,
+        rope_theta=ROPE_THETA,
+    ),
+    large_batch=128,
+    trains=False,
+)
+
+
+def settings(setting: Setting) -> list[Contender]:
+    """What changes of sampling settings and prompts compile: every program keeps what it has
+    compiled for the settings before."""
+    size, jobs = setting.size, []
+    for name, sampling, length in (
+        ("greedy", {"greedy": True}, size.prompt),
+        ("T = 1", {}, size.prompt),
+        ("T = 0.7", {"temperature": 0.7}, size.prompt),
+        ("top-p 0.95", {"top_p": 0.95}, size.prompt),
+        ("top-k 50", {"top_k": 50}, size.prompt),
+        ("min-p 0.05, stop ids", {"min_p": 0.05, "stop_ids": [0, 1]}, size.prompt),
+        ("prompts one shorter", {}, size.prompt - 1),
+    ):
+        prompts = _tokens(size, size.batch, length)
+        job = _generate(setting, prompts, min(size.new, 16), sampling, "float32")
+        jobs.append((name, job))
+    ours = [Contender(f"ours, {name}", "ours", job) for name, job in jobs]
+    tunix = [Contender(f"tunix, {name}", "tunix", job) for name, job in jobs]
+    return ours + [x for x in tunix if "min_p" not in x.job["sampling"]]
+
+
+def decode(setting: Setting) -> list[Contender]:
+    """Greedy, T = 1, top-p and top-k: batch by batch of equal lengths."""
+    size = setting.size
+    prompts = _tokens(size, size.batch, size.prompt)
+    contenders = []
+    for name, sampling in (
+        ("greedy", {"greedy": True}),
+        ("T = 1", {}),
+        ("T = 1, top-p 0.95", {"top_p": 0.95}),
+        ("T = 1, top-k 50", {"top_k": 50}),
+    ):
+        for program, worker, dtype, threads in _decoders(setting, name == "greedy"):
+            job = _generate(setting, prompts, size.new, sampling, dtype)
+            cost = roofline.decode(setting.model, dtype, size.batch, size.prompt, size.new)
+            contenders.append(
+                Contender(f"{program}, {name}", worker, job, dtype, threads, cost=cost)
+            )
+    return [*contenders, *_probes(setting)]
+
+
+def decode_large(setting: Setting) -> list[Contender]:
+    """Greedy decoding of a large batch, and its share of the roofline."""
+    size = setting.size
+    prompts = _tokens(size, size.large_batch, size.prompt)
+    contenders = []
+    for program, worker, dtype, threads in _decoders(setting, False):
+        job = _generate(setting, prompts, size.new, {"greedy": True}, dtype)
+        cost = roofline.decode(setting.model, dtype, size.large_batch, size.prompt, size.new)
+        contenders.append(Contender(program, worker, job, dtype, threads, cost=cost))
+    return [*contenders, *_probes(setting)]
+
+
+def layouts(setting: Setting) -> list[Contender]:
+    """Greedy decoding with layers unrolled or scanned; `decoding.layout` chooses by platform."""
+    size = setting.size
+    prompts = _tokens(size, size.batch, size.prompt)
+    return [
+        Contender(
+            f"ours, {layers}, {dtype}",
+            "ours",
+            _generate(setting, prompts, size.new, {"greedy": True}, dtype) | {"layers": layers},
+            dtype,
+        )
+        for dtype in ("float32", "bfloat16")
+        for layers in ("unstacked", "stacked")
+    ]
+
+
+def stage_one(setting: Setting) -> list[Contender]:
+    """Verifications: a template common to all prompts, groups of samples of one prompt, T = 0.8 and
+    top-p 0.95, answers that end by chance. Tokens count up to the stop token. The peers that work
+    batch by batch run the first batch only: theirs are all alike."""
+    size = setting.size
+    template, *rest = _tokens(size, 1 + size.problems, size.template)
+    own = size.shared - size.template
+    prompts = [template + row[:own] for row in rest]
+    sampling = {
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "stop_ids": list(range(0, size.model.vocab_size, size.stop_every)),
+    }
+
+    def job(dtype: str, **how: Any) -> Job:
+        generate = _generate(setting, prompts, size.limit, sampling, dtype, slots=size.slots)
+        return generate | {"samples": size.samples} | how
+
+    return _scheduled(setting, job, part=1)
+
+
+def continuous_batching(setting: Setting) -> list[Contender]:
+    """Answers of spread, prescribed lengths (log-uniform), so many at a time. Tokens beyond a
+    row's own length do not count."""
+    size = setting.size
+    prompts = _tokens(size, size.requests, size.prompt)
+    logs = np.random.default_rng(1).uniform(
+        np.log(size.shortest), np.log(size.limit), size.requests
+    )
+    lengths = np.exp(logs).astype(int).tolist()
+
+    def job(dtype: str, **how: Any) -> Job:
+        return _generate(setting, prompts, lengths, {}, dtype, slots=size.batch) | how
+
+    return _scheduled(setting, job, part=None)
+
+
+def prefill(setting: Setting) -> list[Contender]:
+    """Long prompts, all different, and one token each. Tokens count the prompts."""
+    size = setting.size
+    prompts = _tokens(size, size.batch, size.prefilled)
+    contenders = []
+    for program, worker, dtype, threads in _decoders(setting, True):
+        job = _generate(setting, prompts, 1, {"greedy": True}, dtype)
+        cost = roofline.decode(setting.model, dtype, size.batch, size.prefilled, 1)
+        scale = size.prefilled  # a worker counts the one new token
+        contenders.append(Contender(program, worker, job, dtype, threads, scale=scale, cost=cost))
+    return [*contenders, *_probes(setting)]
+
+
+def scoring(setting: Setting) -> list[Contender]:
+    """Log-probs of given tokens by the whole model."""
+    size = setting.size
+    rows = max(1, size.scored // 256)
+    tokens = _tokens(size, rows, size.scored // rows)
+    contenders = []
+    for program, worker, dtype, threads in _decoders(setting, False):
+        job = _common(setting, "score", dtype) | {"tokens": tokens}
+        length = len(tokens[0])
+        cost = roofline.forward(setting.model, dtype, rows, length, length)
+        contenders.append(Contender(program, worker, job, dtype, threads, cost=cost))
+    return [*contenders, *_probes(setting)]
+
+
+def head(setting: Setting) -> list[Contender]:
+    """Log-probs from hidden states and the vocabulary: full log-softmax, or ours."""
+    return _head(setting, gradient=False)
+
+
+def head_gradient(setting: Setting) -> list[Contender]:
+    """The same with gradients for hidden states and vocabulary matrix."""
+    return _head(setting, gradient=True)
+
+
+def policy_step(setting: Setting) -> list[Contender]:
+    """One policy-gradient update: ratio, clipping, KL, AdamW, clipping by norm; weights and moments
+    in float32. Tunix is `algo_core.grpo_loss_fn` under its trainer, as it comes and with
+    rematerialisation."""
+    contenders = [
+        _training(setting, "policy", "ours, float32", "ours", "float32"),
+        _training(setting, "policy", "tunix, float32", "tunix", "float32"),
+        _training(setting, "policy", "tunix, float32, remat", "tunix", "float32", remat=True),
+    ]
+    return [*contenders, *_probes(setting)]
+
+
+def policy_step_bfloat16(setting: Setting) -> list[Contender]:
+    """The same, computed in bfloat16. "autocast" keeps float32 weights as ours does; the other
+    peers hold weights and moments in bfloat16."""
+    contenders = [
+        _training(setting, "policy", "ours, bfloat16", "ours", "bfloat16"),
+        *(
+            _training(setting, "policy", *peer)
+            for peer in (
+                ("transformers, autocast, 1 thread", "transformers", "autocast", 1),
+                ("transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1),
+                ("transformers, bfloat16, 2 threads", "transformers", "bfloat16", 2),
+            )
+        ),
+    ]
+    return [*contenders, *_probes(setting)]
+
+
+def sft_step(setting: Setting) -> list[Contender]:
+    """One supervised update: cross-entropy of the responses, AdamW, clipping by norm."""
+    return [
+        _training(setting, "sft", "ours, float32", "ours", "float32"),
+        _training(setting, "sft", "ours, bfloat16", "ours", "bfloat16"),
+        _training(setting, "sft", "tunix, float32", "tunix", "float32"),
+        _training(
+            setting, "sft", "transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1
+        ),
+    ]
+
+
+def train_variants(setting: Setting) -> list[Contender]:
+    """Ours: all rows at once, in parts, and without rematerialisation."""
+    return [
+        _training(setting, "policy", "ours, float32", "ours", "float32"),
+        _training(setting, "policy", "ours, float32, 4 parts", "ours", "float32", parts=4),
+        _training(setting, "policy", "ours, float32, no remat", "ours", "float32", remat=False),
+    ]
+
+
+def agreement(setting: Setting) -> list[Contender]:
+    """The sampler's log-probs against the scorer's, on the same tokens."""
+    size = setting.size
+    prompts = _tokens(size, 2, size.prompt)
+    return [
+        Contender(
+            f"ours, {dtype}",
+            "ours",
+            _generate(setting, prompts, size.new, {}, dtype)
+            | {"work": "agreement", "samples": size.batch // 2},
+            dtype,
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+def weight_layout(setting: Setting) -> list[Contender]:
+    """From the train state's weights to those that decoding wants."""
+    return [
+        Contender(f"ours, {dtype}", "ours", _common(setting, "layout", dtype), dtype, unit="bytes")
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+def loading(setting: Setting) -> list[Contender]:
+    """The same checkpoint from disk; its file is in the page cache."""
+    if setting.weights is None:
+        return []
+    job = _common(setting, "load", "float32")
+    return [
+        Contender("ours", "ours", job, unit="bytes"),
+        Contender("tunix", "tunix", job, unit="bytes"),
+        Contender("transformers, 1 thread", "transformers", job, threads=1, unit="bytes"),
+    ]
+
+
+BENCHMARKS: dict[str, Callable[[Setting], list[Contender]]] = {
+    "settings": settings,
+    "decode": decode,
+    "decode_large": decode_large,
+    "stage_one": stage_one,
+    "continuous_batching": continuous_batching,
+    "prefill": prefill,
+    "scoring": scoring,
+    "head": head,
+    "head_gradient": head_gradient,
+    "policy_step": policy_step,
+    "policy_step_bfloat16": policy_step_bfloat16,
+    "sft_step": sft_step,
+    "train_variants": train_variants,
+    "agreement": agreement,
+    "layouts": layouts,
+    "weight_layout": weight_layout,
+    "loading": loading,
+}
+LONG = {"stage_one", "continuous_batching"}  # two rounds at most
+TRAINING = {"policy_step", "policy_step_bfloat16", "sft_step", "train_variants"}
+
+Program = tuple[str, str, str, int | None]  # name, worker, dtype, threads
+
+
+def _decoders(setting: Setting, everyone: bool) -> list[Program]:
+    """Ours and the peers that decode; `everyone` adds those that are expected to be slower than
+    another of the same peer."""
+    if setting.platform != "cpu":
+        return [
+            ("ours, bfloat16", "ours", "bfloat16", None),
+            ("transformers, bfloat16", "transformers", "bfloat16", None),
+        ]
+    programs: list[Program] = [
+        ("ours, float32", "ours", "float32", None),
+        ("ours, bfloat16", "ours", "bfloat16", None),
+        ("tunix, float32", "tunix", "float32", None),
+        ("transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1),
+    ]
+    more: list[Program] = [
+        ("tunix, bfloat16", "tunix", "bfloat16", None),
+        ("transformers, float32, 1 thread", "transformers", "float32", 1),
+        ("transformers, bfloat16, 2 threads", "transformers", "bfloat16", 2),
+    ]
+    return programs + more * everyone
+
+
+def _scheduled(setting: Setting, job: Callable[..., Job], part: int | None) -> list[Contender]:
+    contenders = []
+    for program, worker, dtype, threads in _decoders(setting, False):
+        how = {} if worker == "ours" else {"batches": part}
+        contenders.append(Contender(program, worker, job(dtype, **how), dtype, threads))
+    pages = job("bfloat16", continuous=True, page_size=setting.size.page)
+    threads = 1 if setting.platform == "cpu" else None
+    name = "transformers, bfloat16, continuous batching" + (", 1 thread" if threads else "")
+    return [*contenders, Contender(name, "transformers", pages, "continuous", threads)]
+
+
+def _head(setting: Setting, gradient: bool) -> list[Contender]:
+    size = setting.size
+    contenders = []
+    for dtype in ("float32", "bfloat16"):
+        for implementation, name in (("full", "full log-softmax"), ("blocks", "linear_logprob")):
+            job = _common(setting, "head", dtype) | {
+                "rows": size.scored,
+                "implementation": implementation,
+                "gradient": gradient,
+            }
+            cost = roofline.head(setting.model, dtype, size.scored, 3 if gradient else 1)
+            contenders.append(
+                Contender(f"ours, {name}, {dtype}", "ours", job, name + dtype, cost=cost)
+            )
+    return [*contenders, *_probes(setting)]
+
+
+def _training(
+    setting: Setting,
+    work: str,
+    name: str,
+    worker: str,
+    dtype: str,
+    threads: int | None = None,
+    **how: Any,
+) -> Contender:
+    """Every contender has a process of its own, so that its peak memory is its own."""
+    size = setting.size
+    job = _common(setting, work, dtype) | {
+        "prompts": _tokens(size, size.batch, size.prompt),
+        "responses": _tokens(size, size.batch, size.new, seed=2),
+        "kl_coefficient": 0.01,
+    }
+    computed = "float32" if dtype == "float32" else "bfloat16"
+    length = size.prompt + size.new
+    cost = roofline.train(setting.model, computed, size.batch, length, size.new)
+    if setting.platform != "cpu":
+        threads = None
+    return Contender(name, worker, job | how, name, threads, cost=cost)
+
+
+def _probes(setting: Setting) -> list[Contender]:
+    """The rates that the roofline is made of, by whoever may be fastest."""
+    size = setting.size
+    contenders = []
+    for worker, program in (("ours", "XLA"), ("transformers", "torch")):
+        for dtype in ("float32", "bfloat16"):
+            job = {"work": "matmul", "dtype": dtype, "n": size.product, "times": 2}
+            name = f"matrix products in {dtype}, {program}"
+            contenders.append(Contender(name, worker, job, "probe", unit="FLOP"))
+        job = {"work": "bandwidth", "bytes": size.read, "times": 2}
+        reader = "NumPy" if (worker, setting.platform) == ("ours", "cpu") else program
+        name = f"reading memory, {reader}"
+        contenders.append(Contender(name, worker, job, "probe", unit="B"))
+    return contenders
+
+
+def _common(setting: Setting, work: str, dtype: str) -> Job:
+    return {"work": work, "model": setting.model, "weights": setting.weights, "dtype": dtype}
+
+
+def _generate(
+    setting: Setting,
+    prompts: list[list[int]],
+    new: int | list[int],
+    sampling: dict[str, Any],
+    dtype: str,
+    slots: int | None = None,
+) -> Job:
+    return _common(setting, "generate", dtype) | {
+        "prompts": prompts,
+        "samples": 1,
+        "new": new,
+        "sampling": sampling,
+        "slots": slots or len(prompts),
+    }
+
+
+def _tokens(size: Size, rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(2, size.model.vocab_size, (rows, length)).tolist()
