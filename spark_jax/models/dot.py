@@ -16,14 +16,12 @@ from jaxtyping import Array, Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dot(
-    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
-) -> Float[Array, "..."]:
+def dot(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """einsum(equation, x, weight) in float32, multiplied in x's dtype.
 
-    `weight` may be wider than x, such as the float32 master of a bfloat16 computation: it is rounded
-    to x's dtype for the product, and its gradient is the float32 sum, never rounded to bfloat16. The
-    gradient of x has x's dtype.
+    `weight` may be wider than x, such as the float32 master of a bfloat16 computation: it is
+    rounded to x's dtype for the product, and its gradient is the float32 sum, never rounded to
+    bfloat16. The gradient of x has x's dtype.
 
     Args:
       equation: "x,weight->out" without ellipses; every letter stands in two of the three.
