@@ -28,32 +28,32 @@ def get_config() -> ConfigDict:
     config.sft.update(dict(num_examples=2000, steps=40, batch_size=8, max_length=384, pack=True))
     config.sft.optimizer.update(dict(learning_rate=2e-4, schedule="cosine", warmup_steps=5))
 
-    config.generate.update(dict(num_problems=64, samples_per_problem=3, chunk_size=32))
+    config.generate.update(dict(num_problems=48, samples_per_problem=2, chunk_size=48))
     config.verify.update(
         dict(
-            methods=("single", "step_consistency"),
-            samples_per_solution=8,
-            report_sample_counts=(1, 4, 8),
-            chunk_size=16,
+            methods=("step_consistency",),  # of one sample, it is the verification itself
+            samples_per_solution=6,
+            report_sample_counts=(1, 3, 6),
+            chunk_size=24,
         )
     )
-    config.prm.update(dict(steps=24, batch_size=8, max_length=384, pack=True))
+    config.prm.update(dict(steps=16, batch_size=8, max_length=384, pack=True))
     config.prm.optimizer.update(dict(learning_rate=5e-5, warmup_steps=2))
 
     config.rl.update(
         dict(
-            steps=20,
+            steps=12,
             num_problems=512,
             prompts_per_step=4,
             group_size=6,
-            evaluate_every=10,
-            save_every=10,
+            evaluate_every=12,
+            save_every=6,
             keep_checkpoints=1,
         )
     )
-    config.rl.optimizer.update(dict(name="adamw", learning_rate=2e-5, warmup_steps=2))
+    config.rl.optimizer.update(dict(name="adamw", learning_rate=3e-5, warmup_steps=2))
     config.evaluate.update(
-        dict(num_problems=128, samples_per_problem=2, num_solutions=128, generator=config.model)
+        dict(num_problems=64, samples_per_problem=2, num_solutions=64, generator=config.model)
     )
     config.pipeline.update(
         dict(
@@ -65,7 +65,6 @@ def get_config() -> ConfigDict:
                     "prm_grpo": dict(reward="process_aware_outcome", advantage="grpo"),
                     "prm_spro": dict(reward="process_aware_outcome", advantage="spro"),
                     "rule_based": dict(reward="rule_based", advantage="grpo"),
-                    "rule_based_spro": dict(reward="rule_based", advantage="spro"),
                 }
             ),
         )
