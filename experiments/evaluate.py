@@ -54,7 +54,7 @@ from spark_jax.reports import benchmarks as tables
 from spark_jax.rewards import format as response_format
 from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
-from spark_jax.text_generation import SampledText, TextModel, text_sampler
+from spark_jax.text_generation import SampledText, TextModel, longest_prompt, text_sampler
 from spark_jax.training.run_folder import RunFolder
 
 HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples what training samples
@@ -234,10 +234,10 @@ def make_judge(config: Config, task: tasks.Task, model: TextModel, kind: JudgeKi
 
     A prompt that leaves too few positions for `decode.max_new_tokens` does not fit.
     """
-    limit = model.config.max_positions - config.decode.max_new_tokens
-    limit = min(limit, config.decode.max_prompt_length or limit)
+    options = launch.decode_options(config)
+    limit = longest_prompt(model.config, config.decode.max_new_tokens, options)
     return Judge(
-        sample=text_sampler(model, launch.decode_options(config)),
+        sample=text_sampler(model, options),
         text_format=task.text_format,
         kind=kind,
         settings=SamplingSettings(

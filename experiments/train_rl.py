@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ from spark_jax.steps import step_ids, token_offsets
 from spark_jax.text_generation import (
     SampledText,
     TextModel,
+    encode,
+    longest_prompt,
     rollout_texts,
     sample_rollout,
     text_sampler,
@@ -68,6 +71,8 @@ from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
 
@@ -85,6 +90,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     task = launch.for_model(launch.load_task(config), tokenizer, config)
     reward_model, judged_task = _reward_model(config, task)
     problems = task.problems(config.rl.num_problems, config.seed, "train")
+    problems, too_long = without_too_long(config, task, loaded, problems)
     order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
 
     update = compiled_step(model_config, json.dumps(_update_settings(config)))
@@ -145,12 +151,37 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     launch.save_model(path / "model", loaded._replace(params=train.params))
     summary = {
         "evaluation": scores,
-        "data": task.data_counts("train"),
+        "data": task.data_counts("train") | {"too_long": too_long},
         "skipped_updates": int(train.skipped),
     }
     folder.write_summary(summary)
     plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
+
+
+def without_too_long(
+    config: Config, task: tasks.Task, model: launch.Loaded, problems: Sequence[Problem]
+) -> tuple[list[Problem], int]:
+    """The problems whose prompts leave room for a response, and how many do not, which is logged.
+
+    Raises ConfigError where none is left.
+    """
+    options = launch.decode_options(config)
+    limit = longest_prompt(model.config, config.decode.max_new_tokens, options)
+    prompts = encode(model.tokenizer, [task.text_format.solve_prompt(p) for p in problems])
+    kept = [p for p, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
+    too_long = len(problems) - len(kept)
+    if not kept:
+        raise launch.ConfigError(
+            f"all {too_long} prompts have more than {limit} tokens; raise decode.max_prompt_length "
+            "or lower decode.max_new_tokens"
+        )
+    if too_long:
+        logger.warning(
+            "%d of %d problems have prompts of more than %d tokens and are not trained on",
+            too_long, len(problems), limit,
+        )  # fmt: skip
+    return kept, too_long
 
 
 def roll_out(

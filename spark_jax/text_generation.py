@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from spark_jax.data.formats import Sample
 from spark_jax.data.records import SamplingSettings
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,12 @@ class DecodeOptions:
 
 
 def text_sampler(model: TextModel, options: DecodeOptions | None = None) -> Sample:
-    """The function through which a stage sees a model: texts and settings in, samples out."""
+    """The function through which a stage sees a model: texts and settings in, samples out.
+
+    A prompt that is too long for the model (`longest_prompt`) gets samples without a text, not
+    finished, so that no run dies of one; they are counted in the log.
+    """
+    options = options or DecodeOptions()
 
     def sample(
         prompts: Sequence[str],
@@ -57,19 +65,40 @@ def text_sampler(model: TextModel, options: DecodeOptions | None = None) -> Samp
         settings: SamplingSettings,
         seed: int,
     ) -> list[list[SampledText]]:
+        limit = longest_prompt(model.config, settings.max_new_tokens, options)
+        lengths = [len(ids) for ids in encode(model.tokenizer, prompts)]
+        asked = [row for row, length in enumerate(lengths) if length <= limit]
+        if len(asked) < len(prompts):
+            logger.warning(
+                "%s: %d of %d prompts have more than %d tokens (up to %d); nothing is sampled",
+                model.name, len(prompts) - len(asked), len(prompts), limit, max(lengths),
+            )  # fmt: skip
+        groups = [[SampledText("", (), False)] * samples_per_prompt for _ in prompts]
+        if not asked:
+            return groups
         rollout = sample_rollout(
             model,
-            prompts,
+            [prompts[row] for row in asked],
             samples_per_prompt=samples_per_prompt,
             settings=settings,
             key=seed_key(seed),
             options=options,
         )
-        rows = rollout_texts(rollout, model.tokenizer)
-        starts = range(0, len(rows), samples_per_prompt)
-        return [rows[i : i + samples_per_prompt] for i in starts]
+        samples = iter(rollout_texts(rollout, model.tokenizer))
+        for row in asked:
+            groups[row] = [next(samples) for _ in range(samples_per_prompt)]
+        return groups
 
     return sample
+
+
+def longest_prompt(
+    config: ModelConfig, max_new_tokens: int, options: DecodeOptions | None = None
+) -> int:
+    """How many tokens a prompt may have: the response needs its positions too."""
+    limit = config.max_positions - max_new_tokens
+    given = options.max_prompt_length if options else None
+    return limit if given is None else min(limit, given)
 
 
 def sample_rollout(

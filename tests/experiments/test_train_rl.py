@@ -13,7 +13,7 @@ from spark_jax.data import tasks
 from spark_jax.experiments import launch, train_rl
 from spark_jax.models import transformer
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
-from spark_jax.text_generation import SampledText
+from spark_jax.text_generation import SampledText, encode
 from spark_jax.training.metrics import read_metrics
 from spark_jax.training.policy import PolicyBatch
 
@@ -179,6 +179,25 @@ def test_groups_outside_the_filter_are_not_trained_on(tiny, tmp_path):
 def test_a_missing_reward_model_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"needs rl.reward_model.*train_prm"):
         run(tiny, tmp_path, {})
+
+
+def test_problems_with_too_long_prompts_are_counted_and_not_trained_on(tiny, tmp_path):
+    base = launch.load_model(tiny.model)
+    task = launch.load_task(tiny)
+    problems = task.problems(tiny.rl.num_problems, tiny.seed, "train")
+    prompts = encode(base.tokenizer, [task.text_format.solve_prompt(p) for p in problems])
+    limit = min(len(ids) for ids in prompts)
+    long = {p.id for p, ids in zip(problems, prompts, strict=True) if len(ids) > limit}
+    assert 0 < len(long) < len(problems)
+    changes = {"rl.reward": "random", "decode.max_prompt_length": limit}
+    summary = run(tiny, tmp_path, changes)
+    assert summary["data"]["too_long"] == len(long)
+    for file in (tmp_path / "samples").iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert rows
+        assert not long & {row["problem"] for row in rows}
+    with pytest.raises(launch.ConfigError, match="all 8 prompts have more than 1 tokens"):
+        run(tiny, tmp_path / "none", {**changes, "decode.max_prompt_length": 1})
 
 
 def test_step_ids_of_tokens():
