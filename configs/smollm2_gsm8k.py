@@ -9,9 +9,7 @@
         --config.run_dir=runs/smollm2_gsm8k/prm
     python -m spark_jax.experiments.evaluate --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/processbench \
-        --config.model=runs/smollm2_gsm8k/prm/model --config.evaluate.what=processbench \
-        --config.evaluate.processbench.splits="('gsm8k',)" \
-        --config.evaluate.processbench.num_samples=50
+        --config.model=runs/smollm2_gsm8k/prm/model --config.evaluate.what=processbench
     python -m spark_jax.experiments.train_rl --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/rl
 
@@ -32,21 +30,14 @@ def get_config() -> ConfigDict:
     config.run_dir = RUNS
     config.task = "gsm8k"
     config.model = f"{RUNS}/sft/model"
-    config.decode.update(dict(max_prompt_length=640, max_new_tokens=256))
     config.generate.update(dict(num_problems=50, samples_per_problem=2, chunk_size=25))
     config.verify.update(dict(samples_per_solution=4, report_sample_counts=(1, 4)))
-    config.prm.update(
-        dict(data=f"{RUNS}/stage1", method="step_consistency", steps=10, max_length=896)
-    )
+    config.prm.update(dict(data=f"{RUNS}/stage1", steps=6, batch_size=4, max_length=768))
     config.rl.update(
-        dict(
-            reward_model=f"{RUNS}/prm/model",
-            steps=5,
-            evaluate_every=5,
-            save_every=5,
-        )
+        dict(reward_model=f"{RUNS}/prm/model", steps=4, evaluate_every=4, save_every=4)
     )
     config.evaluate.update(
         dict(num_problems=32, samples_per_problem=1, num_solutions=32, generator=config.model)
     )
+    config.evaluate.processbench.update(dict(splits=("gsm8k",), num_samples=40))
     return config
