@@ -64,12 +64,13 @@ def load(path: str | Path) -> Any:
 
 
 def stop_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end token, and those of the checkpoint's
-    `generation_config.json` (chat models end a turn with another token than a text)."""
+    """Tokens that end a response: the tokenizer's end token, those of the checkpoint's
+    `generation_config.json` (chat models end a turn with another token than a text), and the one
+    that closes a turn in the chat template (which Qwen's base models have, but do not list)."""
     file = Path(path) / "generation_config.json"
     listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, *listed)))
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *listed, *_turn_end(tokenizer))))
 
 
 def render(tokenizer: Any, prompt: str, options: ChatOptions) -> str:
@@ -141,6 +142,17 @@ def _from_directory(path: Path) -> Any:
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"{path} holds none of {_TOKENIZER_FILES}: no tokenizer")
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _turn_end(tokenizer: Any) -> list[int]:
+    """The special token that the chat template writes after an answer; [] where it writes none."""
+    if tokenizer.chat_template is None:
+        return []
+    turns = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "answer"}]
+    _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    special = tokenizer.added_tokens_decoder
+    return [i for i in ids if i in special and special[i].special]
 
 
 def _first_token(tokenizer: Any) -> str:

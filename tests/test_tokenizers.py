@@ -116,6 +116,21 @@ def test_end_tokens_are_the_tokenizers_and_the_checkpoints(tmp_path, listed, sto
     assert tokenizers.stop_ids(tmp_path, tokenizer()) == stops
 
 
+@pytest.mark.parametrize(
+    ("after", "stops"),
+    [("<e>\n", (1, 4)), (" <e>", (1, 4)), ("</s>", (1,)), ("a", (1,)), ("", (1,))],
+)
+def test_what_closes_a_turn_in_the_chat_template_ends_a_response(tmp_path, after, stops):
+    """As of Qwen2.5's base models: their end token is that of texts, their template ChatML's."""
+    made = tokenizer(
+        f"{{% for m in messages %}}[{{{{ m['role'] }}}}]{{{{ m['content'] }}}}{after}{{% endfor %}}"
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<e>"]})
+    assert made.convert_tokens_to_ids("<e>") == 4
+    made.save_pretrained(tmp_path)
+    assert tokenizers.stop_ids(tmp_path, tokenizers.load(tmp_path)) == stops
+
+
 ALPHABET = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
 
 
