@@ -167,7 +167,7 @@ def _from_gguf(path: Path) -> Any:
 
     transformers' own import of a GGUF tokenizer needs torch and forgets SmolLM2's cut.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
     from spark_jax.models import gguf
@@ -181,8 +181,10 @@ def _from_gguf(path: Path) -> Any:
     words, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
     vocabulary = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=False))
-    backend.pre_tokenizer = _pre_tokenizer(path, fields.get("tokenizer.ggml.pre"))
+    cut = fields.get("tokenizer.ggml.pre")
+    llama3 = cut == "llama-bpe"  # some of its words are not reached by merges
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    backend.pre_tokenizer = _pre_tokenizer(path, cut)
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         found = [word for word, type_ in zip(words, types, strict=True) if type_ == kind]
@@ -193,6 +195,11 @@ def _from_gguf(path: Path) -> Any:
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
         return None if index is None else words[index]
 
+    first = word("bos")  # llama.cpp's defaults where the file does not say
+    if first is not None and fields.get("tokenizer.ggml.add_bos_token", llama3):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, vocabulary[first])]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=word("bos"),

@@ -134,10 +134,10 @@ def test_what_closes_a_turn_in_the_chat_template_ends_a_response(tmp_path, after
 ALPHABET = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
 
 
-def write_gguf(path, pre="smollm", model="gpt2"):
+def write_gguf(path, pre="smollm", model="gpt2", add_bos=None, template=TEMPLATE):
     """A byte-level vocabulary with two merges and ChatML's marks."""
     gguf = pytest.importorskip("gguf")
-    words = ["<|im_start|>", "<|im_end|>", *ALPHABET, "ĊĊ", "12", "ab"]
+    words = ["<|im_start|>", "<|im_end|>", *ALPHABET, "ĊĊ", "12", "ab", "xyz"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
@@ -146,7 +146,10 @@ def write_gguf(path, pre="smollm", model="gpt2"):
     writer.add_token_merges(["Ċ Ċ", "1 2", "a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
+    if template:
+        writer.add_chat_template(template)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_tensor("x", np.zeros(1, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -159,7 +162,7 @@ def test_a_gguf_tokenizer_cuts_digits_as_the_model_was_trained(tmp_path):
     smollm = tokenizers.load(write_gguf(tmp_path / "a.gguf"))
     words = smollm.convert_ids_to_tokens(smollm.encode("ab12\n\n1.<|im_end|>"))
     assert words == ["ab", "1", "2", "ĊĊ", "1", ".", "<|im_end|>"]
-    llama = tokenizers.load(write_gguf(tmp_path / "b.gguf", pre="llama-bpe"))
+    llama = tokenizers.load(write_gguf(tmp_path / "b.gguf", pre="llama-bpe", add_bos=False))
     words = llama.convert_ids_to_tokens(llama.encode("ab12\n\n1."))
     assert words == ["ab", "12", "ĊĊ", "1", "."]  # digits by threes
     for text in ("naïve  ab\t12 ☃", "<|im_start|>ab<|im_end|>"):
@@ -169,6 +172,30 @@ def test_a_gguf_tokenizer_cuts_digits_as_the_model_was_trained(tmp_path):
     again = tokenizers.load(tmp_path / "saved")
     assert again.encode("ab12\n\n1.") == smollm.encode("ab12\n\n1.")
     assert again.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "starts"),
+    [
+        ("smollm", None, False),
+        ("qwen2", True, True),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_a_gguf_of_a_base_model_begins_texts_as_llama_cpp_does(tmp_path, pre, add_bos, starts):
+    file = write_gguf(tmp_path / "a.gguf", pre, add_bos=add_bos, template=None)
+    read = tokenizers.load(file)
+    ids = read.encode(render(read, "ab", ChatOptions()), add_special_tokens=False)
+    assert read.convert_ids_to_tokens(ids) == ["<|im_start|>"] * starts + ["ab"]
+    assert read.encode("ab") == ids
+
+
+def test_words_of_llama_3_that_no_merge_makes_are_words(tmp_path):
+    llama = tokenizers.load(write_gguf(tmp_path / "a.gguf", "llama-bpe", add_bos=False))
+    assert llama.tokenize("xyz") == ["xyz"]
+    smollm = tokenizers.load(write_gguf(tmp_path / "b.gguf"))
+    assert smollm.tokenize("xyz") == ["x", "y", "z"]
 
 
 def test_a_gguf_tokenizer_that_would_be_read_wrongly_is_refused(tmp_path):
