@@ -158,14 +158,19 @@ def check(config: Config) -> None:
 
 def quick_version(config: Config) -> Config:
     """One seed and smaller runs: enough to see every part work, not enough for an interval."""
-    changes = {
-        "pipeline.seeds": tuple(config.pipeline.seeds)[:1],
-        "generate.num_problems": -(-config.generate.num_problems // 2),
-        "prm.steps": -(-config.prm.steps // 2),
-        "rl.steps": -(-config.rl.steps * 3 // 5),
-        "evaluate.num_problems": -(-config.evaluate.num_problems // 2),
-        "evaluate.samples_per_problem": -(-config.evaluate.samples_per_problem // 2),
+    shares = {
+        "generate.num_problems": (1, 2),
+        "prm.steps": (1, 2),
+        "rl.steps": (3, 5),
+        "evaluate.num_problems": (1, 2),
+        "evaluate.samples_per_problem": (1, 2),
     }
+    changes: dict[str, Any] = {"pipeline.seeds": tuple(config.pipeline.seeds)[:1]}
+    for field, (part, whole) in shares.items():
+        value = launch.value_of(config, field)
+        if value is None:
+            raise launch.ConfigError(f"quick=True takes a share of {field}, which is None; set it")
+        changes[field] = -(-value * part // whole)
     return launch.changed(config, changes)
 
 

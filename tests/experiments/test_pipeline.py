@@ -83,6 +83,14 @@ def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path,
     assert float(abs(fresh.embedding - shipped.embedding).max()) > 0.1
 
 
+def test_quick_needs_numbers_to_take_a_share_of(config):
+    everything = launch.changed(config, {"evaluate.num_problems": None})
+    with pytest.raises(
+        launch.ConfigError, match=r"a share of evaluate.num_problems, which is None"
+    ):
+        pipeline.quick_version(everything)
+
+
 def test_quick_is_smaller_and_has_a_folder_of_its_own(config, tmp_path):
     quick = pipeline.quick_version(config)
     assert quick.pipeline.seeds == (0,)
