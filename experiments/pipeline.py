@@ -120,9 +120,10 @@ def seed_config(config: Config, seed: int) -> Config:
 
 
 def base_as_reward_model(config: Config, seed: int) -> Config:
-    """The base itself asked for a verification: what stage II has to beat."""
-    changes = {"seed": seed, "evaluate.what": "reward_model", "prm.kind": "prm_cot"}
-    return launch.changed(config, changes)
+    """What the reward models start from, asked for a verification: what stage II has to beat."""
+    start = config.prm.model or config.model
+    changes = {"evaluate.what": "reward_model", "evaluate.kind": None, "prm.kind": "prm_cot"}
+    return launch.changed(config, {"seed": seed, "model": start, **changes})
 
 
 def prm_config(config: Config, path: Path, seed: int, method: str) -> Config:

@@ -83,6 +83,15 @@ def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path,
     assert float(abs(fresh.embedding - shipped.embedding).max()) > 0.1
 
 
+def test_what_stage_two_has_to_beat_is_what_it_starts_from(config):
+    changes = {"prm.model": "owner/start", "evaluate.kind": "orm", "prm.kind": "orm"}
+    for start, given in (("owner/start", changes), (config.model, {})):
+        asked = pipeline.base_as_reward_model(launch.changed(config, given), 3)
+        assert (asked.model, asked.seed) == (start, 3)
+        assert (asked.evaluate.what, asked.evaluate.kind) == ("reward_model", None)
+        assert asked.prm.kind == "prm_cot"
+
+
 def test_quick_needs_numbers_to_take_a_share_of(config):
     everything = launch.changed(config, {"evaluate.num_problems": None})
     with pytest.raises(
