@@ -72,46 +72,46 @@ def sample(
     Returns the tokens, their log-prob under the model (temperature 1, nothing cut), and their
     log-prob under the law they were drawn from (0 where greedy).
     """
-    best = jnp.argmax(logits, axis=-1)
-    scaled = logits / sampling.temperature[:, None]
-    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp((logits - top) / sampling.temperature[:, None])
     weights = jnp.where(weights >= threshold(weights, sampling)[:, None], weights, 0.0)
     drawn, total = inverse_cdf(weights, uniforms)
+    greedy = jnp.any(sampling.greedy)
+    best = jax.lax.cond(greedy, _argmax, lambda x: jnp.zeros_like(drawn), logits)
     tokens = jnp.where(sampling.greedy, best, drawn).astype(jnp.int32)
 
-    chosen_logit = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    model_logprobs = chosen_logit - jax.nn.logsumexp(logits, axis=-1)
+    chosen_logit = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    model_logprobs = chosen_logit - top - jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True))
     chosen_weight = jnp.take_along_axis(weights, tokens[:, None], axis=-1)[:, 0]
     law_logprobs = jnp.where(sampling.greedy, 0.0, jnp.log(chosen_weight / total))
-    return tokens, model_logprobs, law_logprobs
+    return tokens, model_logprobs[:, 0], law_logprobs
 
 
 def threshold(weights: Float[Array, "N V"], sampling: Sampling) -> Float[Array, " N"]:
     """The least weight that is kept, for rows whose largest weight is 1.
 
-    top-k and top-p are found by bisection over float bit patterns: a dozen passes of counting or
-    summing, only where a row asks for them, instead of a sort.
+    top-k and top-p are found by bisection over float bit patterns: a dozen or two of passes of
+    counting or summing, only where a row asks for them, instead of a sort.
     """
 
     def top_k(floor: Array) -> Array:
-        wanted = jnp.where(sampling.top_k > 0, sampling.top_k, weights.shape[1])
+        def excess(cut: Array) -> tuple[Array, Array]:
+            kept = _row_sums((weights >= cut[:, None]).astype(jnp.float32))
+            return kept - jnp.maximum(sampling.top_k, 1), jnp.ones_like(kept)
 
-        def enough(cut: Array) -> Array:
-            return jnp.sum(weights >= cut[:, None], axis=-1) >= wanted
-
-        return jnp.where(sampling.top_k > 0, _largest_cut(weights, enough), floor)
+        return _largest_cut(excess, floor, sampling.top_k > 0)
 
     def top_p(floor: Array) -> Array:
         def mass(cut: Array) -> Array:
-            return jnp.sum(jnp.where(weights >= cut[:, None], weights, 0.0), axis=-1)
+            return _row_sums(jnp.where(weights >= cut[:, None], weights, 0.0))
 
-        wanted = sampling.top_p * mass(floor)
+        total = mass(floor)
+        wanted = sampling.top_p * total
 
-        def enough(cut: Array) -> Array:
-            return mass(cut) >= wanted
-
-        cut = jnp.maximum(floor, _largest_cut(weights, enough))
-        return jnp.where(sampling.top_p < 1, cut, floor)
+        # What lies below this share of the mean weighs less than 1 - top_p together.
+        low = jnp.maximum(floor, 0.99 * (1 - sampling.top_p) * total / weights.shape[1])
+        low = jnp.where(sampling.top_p < 1, low, floor)
+        return _largest_cut(lambda cut: (mass(cut) - wanted, cut), low, sampling.top_p < 1)
 
     floor = jnp.zeros(weights.shape[0], weights.dtype)
     floor = jax.lax.cond(jnp.any(sampling.top_k > 0), top_k, lambda x: x, floor)
@@ -148,29 +148,46 @@ def _first_above(running: Float[Array, "N K"], target: Float[Array, " N"]) -> In
     return jnp.minimum(first, last_adding)
 
 
-def _largest_cut(
-    weights: Float[Array, "N V"], enough: Callable[[Array], Bool[Array, " N"]]
-) -> Float[Array, " N"]:
-    """The largest cut in [0, 1] at which `enough(cut)` still holds; `enough` is monotone.
+def _argmax(x: Float[Array, "N V"]) -> Int[Array, " N"]:
+    """First index of the maximum, in two levels: a tenth of the time of argmax on CPU."""
+    n, vocab = x.shape
+    padding = ((0, 0), (0, -vocab % _BLOCK))
+    blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(n, -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + jnp.argmax(inside, axis=-1)
 
-    Bisects the bit patterns and stops as soon as one weight at most lies between the bounds.
+
+def _row_sums(x: Float[Array, "N V"]) -> Float[Array, " N"]:
+    """Sums of rows in two levels: XLA:CPU makes vector code of it, not of one long sum."""
+    blocks = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK))).reshape(len(x), -1, _BLOCK)
+    return jnp.sum(jnp.sum(blocks, axis=1), axis=-1)
+
+
+def _largest_cut(
+    excess: Callable[[Array], tuple[Array, Array]], low: Float[Array, " N"], rows: Bool[Array, " N"]
+) -> Float[Array, " N"]:
+    """The largest cut in [low, 1] that still keeps enough, up to one that keeps the same weights;
+    `low` itself where `rows` is false.
+
+    `excess(cut)` is how much more than wanted is kept, and the least that one kept weight adds: as
+    soon as the excess is below that, no kept weight can be spared. It holds at `low`, and falls.
     """
 
     def as_float(bits: Array) -> Array:
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-    def open_rows(bounds: tuple[Array, Array]) -> Array:
-        low, high = bounds
-        between = (weights >= as_float(low)[:, None]) & (weights < as_float(high)[:, None])
-        return (high - low > 1) & (jnp.sum(between, axis=-1) > 1)
-
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
+    def halve(bounds: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, unfinished = bounds
         middle = low + (high - low) // 2
-        holds = enough(as_float(middle))
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+        more, least = excess(as_float(middle))
+        low = jnp.where(unfinished & (more >= 0), middle, low)
+        high = jnp.where(more >= 0, high, middle)
+        tight = (more >= 0) & (more < least)
+        return low, high, unfinished & ~tight & (high - low > 1)
 
-    n = weights.shape[0]
-    bounds = (jnp.zeros(n, jnp.int32), jnp.full(n, _ONE_AS_BITS + 1, jnp.int32))
-    low, _ = jax.lax.while_loop(lambda b: jnp.any(open_rows(b)), halve, bounds)
-    return as_float(low)
+    bits = jax.lax.bitcast_convert_type(low, jnp.int32)
+    high = jnp.full_like(bits, _ONE_AS_BITS + 1)
+    bounds = (bits, high, rows)
+    bits, _, _ = jax.lax.while_loop(lambda b: jnp.any(b[2]), halve, bounds)
+    return as_float(bits)

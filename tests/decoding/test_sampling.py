@@ -140,3 +140,24 @@ def test_inverse_cdf_never_returns_a_weightless_index(weights, uniform):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options).per_prompt(2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), vocab=st.sampled_from([3, 128, 300]))
+def test_greedy_takes_the_first_of_equal_maxima(seed, vocab):
+    logits = np.random.default_rng(seed).integers(0, 4, (3, vocab)).astype(np.float32)
+    sampling = jax.tree.map(jnp.asarray, Sampling(greedy=[True, False, True]).per_prompt(3))
+    tokens, _, _ = draw(jnp.asarray(logits), jnp.full(3, 0.5), sampling)
+    np.testing.assert_array_equal(np.asarray(tokens)[::2], np.argmax(logits, axis=-1)[::2])
+
+
+def test_rows_that_cut_nothing_do_not_prolong_the_search():
+    """Their cut is 0 whatever the others ask for."""
+    weights = jnp.exp(jax.random.normal(jax.random.key(0), (3, 200)))
+    weights /= weights.max(axis=1, keepdims=True)
+    top_p, top_k = np.asarray([1.0, 0.5, 1.0]), np.asarray([0, 0, 7])
+    cut = np.asarray(cut_of(weights, Sampling(top_p=top_p, top_k=top_k).per_prompt(3)))
+    kept = np.sum(np.asarray(weights) >= cut[:, None], axis=1)
+    assert cut[0] == 0
+    assert 1 < kept[1] < 100
+    assert kept[2] == 7
