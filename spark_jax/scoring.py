@@ -13,7 +13,10 @@ from spark_jax.kernels.linear_logprob import linear_logprob_and_entropy
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
 
-DEFAULT_CHUNK = 512  # tokens whose scores are held at once; 512 · 152k vocabulary · 4 B = 0.3 GB
+SCORES_BYTES = 64 * 2**20
+"""Bytes of scores [tokens, V] held at once where the caller names no number of tokens."""
+
+_FEWEST = 256  # tokens: fewer make a thin product, and the vocabulary is read more often
 
 
 def token_logprobs(
@@ -23,7 +26,7 @@ def token_logprobs(
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> Float[Array, "B T-1"]:
     """log p(tokens[:, t+1] | tokens[:, :t+1]) at index t. See `token_logprobs_and_entropy`."""
     return token_logprobs_and_entropy(
@@ -38,15 +41,38 @@ def token_logprobs_and_entropy(
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
     """Log-prob of each next token and entropy of its distribution, temperature 1.
 
     Values are finite everywhere but mean something only where a token and its successor lie in the
-    same segment; mask them before use.
+    same segment; mask them before use. `chunk` tokens at a time have their scores over the
+    vocabulary held; None: `tokens_at_once`.
     """
     hidden = transformer.forward(params, config, tokens, positions, segment_ids)
     return _next_token(params, config, hidden[:, :-1], tokens[:, 1:], chunk)
+
+
+def logprobs_and_entropy_at(
+    params: transformer.Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    index: Int[Array, "B S"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """The same for the tokens at `index` alone, each given what stands before it in its row; no
+    other position meets the vocabulary.
+
+    An index of 0, or one before which another segment ends, gives a value that is finite and means
+    nothing: 0 is what short rows are filled up with.
+    """
+    hidden = transformer.forward(params, config, tokens, positions, segment_ids)
+    before = jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
+    targets = jnp.take_along_axis(tokens, index, axis=1)
+    return _next_token(params, config, before, targets, chunk)
 
 
 def response_logprobs_and_entropy(
@@ -57,7 +83,7 @@ def response_logprobs_and_entropy(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs and entropies of responses only; prompt positions never meet the vocabulary.
 
@@ -72,17 +98,22 @@ def response_logprobs_and_entropy(
     return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
 
 
+def tokens_at_once(vocab_size: int) -> int:
+    """How many tokens' float32 scores fit `SCORES_BYTES`: a multiple of 64, and 256 at least."""
+    return max(_FEWEST, SCORES_BYTES // (4 * vocab_size) // 64 * 64)
+
+
 def _next_token(
     params: transformer.Params,
     config: ModelConfig,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     logprobs, _, entropy = linear_logprob_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         transformer.vocab_matrix(params, config),
         targets.reshape(-1),
-        block=chunk,
+        block=tokens_at_once(config.vocab_size) if chunk is None else chunk,
     )
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -65,6 +65,47 @@ def test_responses_are_scored_as_if_alone():
     assert np.all(np.asarray(got)[~np.asarray(mask)] == 0)
 
 
+def test_indexed_tokens_are_scored_as_among_all():
+    """Any order, any repetition; each row's own."""
+    index = jnp.asarray([[6, 1, 3, 3], [2, 2, 5, 1], [4, 6, 5, 3]])
+    got = scoring.logprobs_and_entropy_at(PARAMS, CONFIG, TOKENS, index, chunk=5)
+    for a, b in zip(got, full(PARAMS, TOKENS), strict=True):
+        np.testing.assert_allclose(a, jnp.take_along_axis(b, index - 1, axis=1), atol=1e-5)
+
+
+def test_indices_of_zero_are_harmless():
+    def loss(p, index):
+        logprobs, entropy = scoring.logprobs_and_entropy_at(p, CONFIG, TOKENS, index)
+        return jnp.sum(jnp.where(index > 0, logprobs + entropy, 0.0))
+
+    grad = jax.jit(jax.grad(loss))
+    filled = grad(PARAMS, jnp.asarray([[1, 4, 0, 0]] * 3))
+    alone = grad(PARAMS, jnp.asarray([[1, 4]] * 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled, alone)
+
+
+def test_tokens_at_once_fit_the_budget():
+    assert scoring.tokens_at_once(49152) == 320
+    assert scoring.SCORES_BYTES >= 320 * 49152 * 4
+    assert scoring.tokens_at_once(151936) == 256
+    assert scoring.tokens_at_once(11) % 64 == 0
+
+
+def test_scoring_4096_tokens_takes_a_quarter_gigabyte_of_temporaries(optimised):
+    """At the vocabulary and width of SmolLM2, compiled only."""
+    config = ModelConfig(49152, 576, 1, 9, 3, 64, 1536)
+    params = transformer.shapes(config)
+    arguments = [jax.ShapeDtypeStruct((16, 256), dtype) for dtype in (jnp.int32, jnp.bool_)] * 2
+
+    def score(p, *batch):
+        return scoring.response_logprobs_and_entropy(
+            p, config, *(x[:, :16] for x in batch[:2]), *batch[2:]
+        )
+
+    compiled = jax.jit(score).lower(params, *arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.25 * 2**30
+
+
 def test_no_scores_over_all_tokens_are_held(optimised):
     """Neither forward nor backward has an array of tokens × vocabulary."""
     config = ModelConfig(1031, 16, 1, 2, 1, 8, 32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from spark_jax import losses
 from spark_jax.models.config import ModelConfig
-from spark_jax.scoring import DEFAULT_CHUNK, response_logprobs_and_entropy
+from spark_jax.scoring import response_logprobs_and_entropy
 from spark_jax.training.state import TrainState
 from spark_jax.training.update import apply_update
 
@@ -79,7 +79,7 @@ def policy_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     accumulation_steps: int = 1,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update on the clipped policy-gradient objective over all B responses.
 

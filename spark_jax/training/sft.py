@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from spark_jax.losses import aggregation_weights, cross_entropy
 from spark_jax.models.config import ModelConfig
-from spark_jax.scoring import DEFAULT_CHUNK, token_logprobs
+from spark_jax.scoring import logprobs_and_entropy_at, token_logprobs
 from spark_jax.training.state import TrainState
 from spark_jax.training.update import apply_update
 
@@ -26,6 +27,7 @@ class SFTBatch:
     loss_mask: Any  # bool [B, T], on the tokens to be predicted; the prediction is made one before
     segment_ids: Any = None  # int [B, T]: which of several packed sequences; 0 is padding
     positions: Any = None  # int [B, T]; counted from each segment's start where not given
+    target_index: Any = None  # int [B, S]: where the targets stand; see `index_targets`
 
 
 def sft_step(
@@ -35,7 +37,7 @@ def sft_step(
     model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
     accumulation_steps: int = 1,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update on the mean cross-entropy over all target tokens of the batch.
 
@@ -49,7 +51,7 @@ def sft_step(
     Raises:
       ValueError: the rows do not divide into `accumulation_steps`.
     """
-    targets = target_mask(batch)
+    targets = _targets(batch)
     weights = aggregation_weights(targets, "token_mean")
 
     def loss_function(
@@ -65,10 +67,10 @@ def sft_step(
 
 
 def sft_loss(
-    params: Any, batch: SFTBatch, *, model_config: ModelConfig, chunk: int = DEFAULT_CHUNK
+    params: Any, batch: SFTBatch, *, model_config: ModelConfig, chunk: int | None = None
 ) -> Float[Array, ""]:
     """The loss of `sft_step` without an update: nats per target token, for held-out data."""
-    weights = aggregation_weights(target_mask(batch), "token_mean")
+    weights = aggregation_weights(_targets(batch), "token_mean")
     return _loss(params, batch, weights, model_config, chunk)
 
 
@@ -112,7 +114,23 @@ def pack(examples: Mapping[str, Any], length: int) -> SFTBatch:
             packed["loss_mask"][row, place] = loss_mask[example, : ends[example]]
             packed["segment_ids"][row, place] = segment
             start = place.stop
-    return SFTBatch(**packed)
+    return index_targets(SFTBatch(**packed))
+
+
+def index_targets(batch: SFTBatch) -> SFTBatch:
+    """The batch with the places of its targets, in NumPy: positions that predict none, such as
+    those of prompts and padding, then never meet the vocabulary.
+
+    Do so once for all rows of a data set: S, the most targets that a row has, rounded up to a
+    multiple of 8, is a shape.
+    """
+    batch = batch.replace(target_index=None)
+    mask = np.pad(target_mask(jax.tree.map(jnp.asarray, batch)), ((0, 0), (1, 0)))
+    counts = mask.sum(axis=1)
+    width = -(-max(int(counts.max(initial=0)), 1) // 8) * 8
+    index = np.zeros((len(mask), width), np.int32)
+    index[np.arange(width) < counts[:, None]] = np.nonzero(mask)[1]
+    return batch.replace(target_index=index)
 
 
 def target_mask(batch: SFTBatch) -> Bool[Array, "B S"]:
@@ -133,14 +151,22 @@ def _loss(
     batch: SFTBatch,
     weights: Float[Array, "B S"],
     model_config: ModelConfig,
-    chunk: int,
+    chunk: int | None,
 ) -> Float[Array, ""]:
-    logprobs = token_logprobs(
-        params,
-        model_config,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        chunk=chunk,
-    )
-    return cross_entropy(logprobs, target_mask(batch), weights=weights)
+    how = {"positions": batch.positions, "segment_ids": batch.segment_ids, "chunk": chunk}
+    if batch.target_index is None:
+        logprobs = token_logprobs(params, model_config, batch.tokens, **how)
+    else:
+        logprobs, _ = logprobs_and_entropy_at(
+            params, model_config, batch.tokens, batch.target_index, **how
+        )
+    return cross_entropy(logprobs, _targets(batch), weights=weights)
+
+
+def _targets(batch: SFTBatch) -> Bool[Array, "B S"]:
+    """Which of the scored tokens count: those of `target_mask`, or of `target_index`."""
+    mask = target_mask(batch)
+    if batch.target_index is None:
+        return mask
+    index = batch.target_index
+    return (index > 0) & jnp.take_along_axis(mask, jnp.maximum(index - 1, 0), axis=1)

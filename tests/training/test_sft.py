@@ -9,7 +9,14 @@ from tiny_model import CONFIG, params
 
 from spark_jax.models import transformer
 from spark_jax.training import state as train_state
-from spark_jax.training.sft import SFTBatch, pack, sft_loss, sft_step, target_mask
+from spark_jax.training.sft import (
+    SFTBatch,
+    index_targets,
+    pack,
+    sft_loss,
+    sft_step,
+    target_mask,
+)
 
 ROWS, LENGTH = 6, 9
 
@@ -156,3 +163,38 @@ def test_packing_keeps_every_example_whole_and_once():
 def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="an example has 9 tokens; rows of 8 cannot hold it"):
         pack(padded_examples([5, 9], LENGTH), 8)
+
+
+@pytest.mark.parametrize("make_batch", [ragged_batch, packed_batch])
+def test_indexed_targets_give_the_same_update(make_batch):
+    state = train_state.create(params(), SGD, jax.random.key(0))
+    batch = make_batch().replace(positions=None)
+    indexed = index_targets(batch)
+    whole, metrics = STEP(state, batch)
+    got, got_metrics = STEP(state, jax.tree.map(jnp.asarray, indexed), accumulation_steps=2)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(got_metrics[name], value, rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(got.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for row, index in enumerate(indexed.target_index):
+        expected = [t for t in range(1, LENGTH) if target_mask(batch)[row, t - 1]]
+        assert index[index > 0].tolist() == expected
+
+
+def test_no_targets_at_all_have_an_index_too():
+    batch = ragged_batch()
+    empty = index_targets(batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask)))
+    assert not empty.target_index.any()
+    assert float(LOSS(params(), jax.tree.map(jnp.asarray, empty))) == 0
+
+
+def test_prompts_do_not_meet_the_vocabulary():
+    """As many scores are made as rows have targets at most, rounded up to 8: 6 rows of 8."""
+    batch = ragged_batch()
+    indexed = jax.tree.map(jnp.asarray, index_targets(batch.replace(positions=None)))
+    assert indexed.target_index.shape == (ROWS, 8)
+    few = indexed.replace(target_index=indexed.target_index[:, :3])
+    for rows, b in ((48, indexed), (18, few)):
+        text = LOSS.lower(params(), b).as_text()
+        assert f"tensor<{rows}x11xf32>" in text
+        assert f"tensor<{ROWS * LENGTH}x11xf32>" not in text
