@@ -124,7 +124,8 @@ def policy_scores(
     Returns: over the problems that have a reference, None where none has:
         accuracy: avg@k, {"estimate", "low", "high"} with its 95 % bootstrap interval over problems.
         pass@k, maj@k: means.
-        correct_per_problem: each problem's share of right responses, None without a reference.
+        problem_ids, correct_per_problem: each problem's share of right responses, None without a
+            reference.
       over all responses:
         response_length: mean, in tokens; None where the sampler does not tell.
         format_kept, finished, answered: shares; `answered` has an answer to be graded.
@@ -153,6 +154,7 @@ def policy_scores(
         "num_problems": len(problems),
         "num_with_reference": len(known),
         "samples_per_problem": k,
+        "problem_ids": [problem.id for problem in problems],
         "correct_per_problem": [shares.get(row) for row in range(len(problems))],
     }
 
