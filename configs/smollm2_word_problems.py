@@ -8,8 +8,6 @@ of supervised fine-tuning teach the formats of solutions and verifications, afte
 III see no reference answer. Wants two cores and 12 GB for about two hours, or one GPU.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from spark_jax.configs import demo
@@ -21,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model = "smollm2-135m-instruct"
     config.dtype = "bfloat16"
     config.task = "word_problems"
-    config.task_options.prompt_dir = str(Path(__file__).resolve().parent / "prompts" / "short")
+    config.task_options.prompt_dir = "short"
     config.chat.system = "You are careful."
     config.decode.update(dict(max_new_tokens=192, slots=48))
 

@@ -78,7 +78,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         return finished
     shown = launch.for_model(task, model.tokenizer, config)
     if what == "policy":
-        summary = policy_scores(config, shown, model)
+        summary = policy_scores(config, shown, model) | {"data": task.data_counts("eval")}
     elif what == "reward_model":
         held_out = held_out_solutions(config, task)
         summary = reward_model_scores(config, shown, model, kind, *held_out)

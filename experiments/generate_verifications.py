@@ -31,41 +31,38 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     launch.check_stage1(config)
     config = launch.sub_config(config, "generate", "verify")
     task = launch.load_task(config)
-    generator, verifier = (
-        section.model or config.model for section in (config.generate, config.verify)
-    )
-    models = {name: launch.load_text_model(config, name) for name in {generator, verifier}}
-    samplers = {
-        name: text_sampler(model, launch.decode_options(config)) for name, model in models.items()
-    }
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
     problems = task.problems(config.generate.num_problems, config.seed, "train")
 
+    model = launch.load_text_model(config, config.generate.model or config.model)
     solutions = generate_solutions(
-        samplers[generator],
+        text_sampler(model, launch.decode_options(config)),
         problems,
-        launch.for_model(task, models[generator].tokenizer, config).text_format,
+        launch.for_model(task, model.tokenizer, config).text_format,
         samples_per_problem=config.generate.samples_per_problem,
         settings=settings(config, config.generate),
         seed=config.seed,
         path=path / SOLUTIONS,
-        model=generator,
+        model=model.name,
         chunk_size=config.generate.chunk_size,
         on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
     )
+    if (verifier := config.verify.model or config.model) != model.name:
+        del model  # there need not be room for both
+        model = launch.load_text_model(config, verifier)
     verified = verify_solutions(
-        samplers[verifier],
+        text_sampler(model, launch.decode_options(config)),
         problems,
         solutions,
-        launch.for_model(task, models[verifier].tokenizer, config).text_format,
+        launch.for_model(task, model.tokenizer, config).text_format,
         methods=config.verify.methods,
         samples_per_solution=config.verify.samples_per_solution,
         settings=settings(config, config.verify),
         seed=config.seed,
         path=path / VERIFIED,
-        model=verifier,
+        model=model.name,
         chunk_size=config.verify.chunk_size,
         on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spark_jax.data.formats import RewardKind, TextFormat
 from spark_jax.data.records import Problem
+
+logger = logging.getLogger(__name__)
 
 # How byte-level BPE cuts text before it merges, by `tokenizer.ggml.pre` of a GGUF file.
 _LLAMA3 = (
@@ -79,6 +82,8 @@ def render(tokenizer: Any, prompt: str, options: ChatOptions) -> str:
     Without a chat template that is the prompt, after the token that the tokenizer begins texts with
     where it does (Llama's base models).
 
+    In a template the prompt is one turn, whatever it holds: see `without_special_tokens`.
+
     Raises:
         ValueError: `template="always"` and there is none; a system turn or template arguments, and
             no template to put them in.
@@ -90,12 +95,29 @@ def render(tokenizer: Any, prompt: str, options: ChatOptions) -> str:
                 f"{tokenizer.name_or_path!r} has none; set chat.template to 'never'"
             )
         return _first_token(tokenizer) + prompt
-    turns = [{"role": "user", "content": prompt}]
+    turns = [{"role": "user", "content": without_special_tokens(tokenizer, prompt)}]
     if options.system is not None:
         turns.insert(0, {"role": "system", "content": options.system})
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, **options.arguments
     )
+
+
+def without_special_tokens(tokenizer: Any, text: str) -> str:
+    """The text with a space inside each special token, so that it is read as plain characters.
+
+    Prompts quote what a policy wrote. A policy that is rewarded for a reward model's verdict would
+    soon find that `<|im_end|>` in a step lets it write that verdict itself. Counted in the log.
+    """
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    found = 0
+    for token in sorted(special, key=len, reverse=True):
+        if len(token) > 1 and token in text:
+            found += text.count(token)
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    if found:
+        logger.warning("a prompt quoted %d special tokens; they are shown as plain text", found)
+    return text
 
 
 def chat_format(text_format: TextFormat, tokenizer: Any, options: ChatOptions) -> TextFormat:

@@ -63,7 +63,8 @@ def canonical_format(
     prompt_dir: str | os.PathLike[str] | None = None,
     split_steps: SplitSteps = tagged_steps,
 ) -> TextFormat:
-    """The canonical format, with the prompts found in `prompt_dir` in place of the shipped ones.
+    """The canonical format, with the prompts found in `prompt_dir` in place of the shipped ones. It
+    is a directory, or the name of a set in `configs/prompts`, such as "short".
 
     `split_steps` says what a step is, for the parsers' counts and for the numbers that the prompts
     show. For a splitter of `spark_jax.steps`, the shipped `solve.txt` asks for such steps; for any
@@ -140,7 +141,7 @@ def _text_format(
     split_steps: SplitSteps,
     same: SameAnswer,
 ) -> TextFormat:
-    own = {} if prompt_dir is None else _read_directory(Path(prompt_dir), prompts)
+    own = {} if prompt_dir is None else _read_directory(_prompt_directory(prompt_dir), prompts)
 
     def fill(name: str, problem: Problem, solution_text: str = "", **values: str) -> str:
         values |= prompts.values(problem)
@@ -241,6 +242,12 @@ def _shipped(set_name: str, file_name: str) -> string.Template:
         file = folder / f"{file_name}.txt"
     role = "response_format" if file_name in RESPONSE_FORMATS.values() else file_name
     return _template(prompts, role, file.read_text(encoding="utf-8"), str(file))
+
+
+def _prompt_directory(name: str | os.PathLike[str]) -> Path:
+    """The directory of that name, else the shipped set of that name (such as "short")."""
+    shipped = Path(str(resources.files("spark_jax.configs") / "prompts")) / Path(name).name
+    return shipped if not Path(name).is_dir() and shipped.is_dir() else Path(name)
 
 
 def _read_directory(directory: Path, prompts: _PromptSet) -> dict[str, string.Template]:

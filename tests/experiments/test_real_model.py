@@ -68,6 +68,7 @@ def config(base):
         "decode.max_prompt_length": 1024,
         "generate.num_problems": 4,
         "generate.samples_per_problem": 2,
+        "verify.methods": ("single", "step_consistency"),
         "verify.samples_per_solution": 2,
         "verify.report_sample_counts": (2,),
         "prm.steps": 2,
