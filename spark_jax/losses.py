@@ -11,11 +11,12 @@ micro-batch its rows (`weights=`), and the losses and gradients sum to those of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -32,6 +33,7 @@ def policy_gradient(
     importance: str = "token",
     max_length: int | None = None,
     weights: Float[Array, "B T"] | None = None,
+    sequences: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The clipped policy-gradient loss (PPO, arXiv 1707.06347, eq. 7; method page §5).
 
@@ -46,10 +48,11 @@ def policy_gradient(
     "sequence_mean".
 
     `max_length` (tokens) is the constant of "sequence_sum_const". `weights` replaces
-    `aggregation_weights(mask, aggregation)`. Metrics are over this call's tokens:
-    `clip_fraction_low` and `clip_fraction_high` (shares of tokens whose gradient a bound removes),
-    `approx_kl` (nats, k3 of KL(π_old || π)), `ratio_mean`, `ratio_max`, and `tokens`, their number,
-    for whoever averages over calls.
+    `aggregation_weights(mask, aggregation)`. In packed rows, `sequences` says which of its row's
+    sequences, from 0 to T, a token belongs to; the weights are then those of the unpacked mask.
+    Metrics are over this call's tokens: `clip_fraction_low` and `clip_fraction_high` (shares of
+    tokens whose gradient a bound removes), `approx_kl` (nats, k3 of KL(π_old || π)), `ratio_mean`,
+    `ratio_max`, and `tokens`, their number, for whoever averages over calls.
 
     Raises ValueError for an unknown aggregation or importance, or a missing `max_length`.
     """
@@ -60,7 +63,7 @@ def policy_gradient(
     # Zero before exp: 0 · exp(inf) would be nan, in the gradient even where `where` hides it.
     log_ratio = jnp.where(mask, logprobs - jax.lax.stop_gradient(old_logprobs), 0.0)
     if importance == "sequence":
-        log_ratio = _sequence_log_ratio(log_ratio, mask)
+        log_ratio = _sequence_log_ratio(log_ratio, mask, sequences)
     elif importance != "token":
         raise ValueError(f"importance={importance!r} is unknown; choose from {list(IMPORTANCES)}")
     ratio = jnp.exp(log_ratio)
@@ -96,6 +99,7 @@ def policy_objective(
     importance: str = "token",
     max_length: int | None = None,
     weights: Float[Array, "B T"] | None = None,
+    sequences: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The whole objective: L = policy_gradient + c_kl · agg(KL) − c_ent · agg(H) (method page §5).
 
@@ -117,6 +121,7 @@ def policy_objective(
         clip_high=clip_high,
         importance=importance,
         weights=weights,
+        sequences=sequences,
     )
     metrics["policy_loss"] = jax.lax.stop_gradient(loss)
     if ref_logprobs is not None:
@@ -250,12 +255,27 @@ KL_ESTIMATORS: dict[str, Callable[[Array], Array]] = {
 
 
 def _sequence_log_ratio(
-    log_ratio: Float[Array, "B T"], mask: Shaped[Array, "B T"]
+    log_ratio: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    sequences: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T"]:
     """The sequence's mean log-ratio on each of its tokens, with each token's own gradient."""
-    lengths = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
-    mean = jax.lax.stop_gradient(jnp.sum(log_ratio, axis=1, keepdims=True) / lengths)
+    total = functools.partial(_sequence_sum, sequences=sequences)
+    mean = jax.lax.stop_gradient(total(log_ratio) / jnp.maximum(total(mask), 1))
     return jnp.where(mask, mean + (log_ratio - jax.lax.stop_gradient(log_ratio)), 0.0)
+
+
+def _sequence_sum(
+    values: Shaped[Array, "B T"], sequences: Int[Array, "B T"] | None
+) -> Shaped[Array, "B _"]:
+    """Sums over each row's sequences, on every one of their tokens."""
+    if sequences is None:
+        return jnp.sum(values, axis=1, keepdims=True)
+    segments = values.shape[1] + 1
+    sums = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, segments))(
+        values.astype(jnp.float32), sequences
+    )
+    return jnp.take_along_axis(sums, sequences, axis=1)
 
 
 def _token_mean(values: Shaped[Array, "B T"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:

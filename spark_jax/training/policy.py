@@ -8,11 +8,12 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from spark_jax import losses
 from spark_jax.models.config import ModelConfig
-from spark_jax.scoring import response_logprobs_and_entropy
+from spark_jax.scoring import logprobs_and_entropy_at, response_logprobs_and_entropy
+from spark_jax.training.packing import PackedPolicyBatch
 from spark_jax.training.state import TrainState
 from spark_jax.training.update import apply_update
 
@@ -73,7 +74,7 @@ class Objective:
 
 def policy_step(
     state: TrainState,
-    batch: PolicyBatch,
+    batch: PolicyBatch | PackedPolicyBatch,
     *,
     model_config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -84,7 +85,8 @@ def policy_step(
     """One update on the clipped policy-gradient objective over all B responses.
 
     Token weights are made for the whole batch, so `accumulation_steps` changes memory, not the
-    update. Pure; jit it with everything but `state` and `batch` bound and `donate_argnums=0`.
+    update; neither does packing (`packing.pack_policy_batch` with the same objective). Pure; jit it
+    with everything but `state` and `batch` bound and `donate_argnums=0`.
 
     Returns:
       the state and metrics, all taken at the parameters before the update: those of
@@ -96,24 +98,13 @@ def policy_step(
       ValueError: the rows do not divide into `accumulation_steps`, or a KL coefficient without
         `ref_logprobs`.
     """
-    mask = jnp.asarray(batch.mask, bool)
-    weights = losses.aggregation_weights(
-        mask, objective.aggregation, constant=objective.sequence_constant
-    )
+    mask, weights = _mask(batch), _weights(batch, objective)
 
     def loss_function(
-        params: Any, inputs: tuple[PolicyBatch, Array]
+        params: Any, inputs: tuple[PolicyBatch | PackedPolicyBatch, Array]
     ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
         rows, row_weights = inputs
-        logprobs, entropy = response_logprobs_and_entropy(
-            params,
-            model_config,
-            rows.prompt_tokens,
-            jnp.asarray(rows.prompt_mask, bool),
-            rows.tokens,
-            jnp.asarray(rows.mask, bool),
-            chunk=chunk,
-        )
+        logprobs, entropy = _score(params, model_config, rows, chunk)
         loss, _ = _objective(logprobs, entropy, rows, row_weights, objective)
         return loss, (logprobs, entropy)
 
@@ -127,10 +118,50 @@ def policy_step(
     return state, metrics | update_metrics
 
 
+def _mask(batch: PolicyBatch | PackedPolicyBatch) -> Bool[Array, "B T"]:
+    if isinstance(batch, PackedPolicyBatch):
+        return jnp.asarray(batch.sequences) > 0
+    return jnp.asarray(batch.mask, bool)
+
+
+def _weights(batch: PolicyBatch | PackedPolicyBatch, objective: Objective) -> Float[Array, "B T"]:
+    if isinstance(batch, PackedPolicyBatch):
+        return batch.weights
+    return losses.aggregation_weights(
+        _mask(batch), objective.aggregation, constant=objective.sequence_constant
+    )
+
+
+def _score(
+    params: Any,
+    model_config: ModelConfig,
+    batch: PolicyBatch | PackedPolicyBatch,
+    chunk: int | None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    if isinstance(batch, PackedPolicyBatch):
+        return logprobs_and_entropy_at(
+            params,
+            model_config,
+            batch.tokens,
+            batch.index,
+            segment_ids=batch.segment_ids,
+            chunk=chunk,
+        )
+    return response_logprobs_and_entropy(
+        params,
+        model_config,
+        batch.prompt_tokens,
+        jnp.asarray(batch.prompt_mask, bool),
+        batch.tokens,
+        _mask(batch),
+        chunk=chunk,
+    )
+
+
 def _objective(
     logprobs: Float[Array, "B T"],
     entropy: Float[Array, "B T"],
-    batch: PolicyBatch,
+    batch: PolicyBatch | PackedPolicyBatch,
     weights: Float[Array, "B T"],
     objective: Objective,
 ) -> tuple[Float[Array, ""], losses.Metrics]:
@@ -138,7 +169,7 @@ def _objective(
         logprobs,
         batch.old_logprobs,
         batch.advantages,
-        batch.mask,
+        _mask(batch),
         ref_logprobs=batch.ref_logprobs,
         entropy=entropy,
         kl_coefficient=objective.kl_coefficient,
@@ -148,4 +179,5 @@ def _objective(
         clip_high=objective.clip_high,
         importance=objective.importance,
         weights=weights,
+        sequences=batch.sequences if isinstance(batch, PackedPolicyBatch) else None,
     )

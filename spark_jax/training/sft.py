@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from spark_jax.losses import aggregation_weights, cross_entropy
 from spark_jax.models.config import ModelConfig
 from spark_jax.scoring import logprobs_and_entropy_at, token_logprobs
+from spark_jax.training.packing import first_fit
 from spark_jax.training.state import TrainState
 from spark_jax.training.update import apply_update
 
@@ -90,18 +92,7 @@ def pack(examples: Mapping[str, Any], length: int) -> SFTBatch:
     """
     tokens, loss_mask = np.asarray(examples["tokens"]), np.asarray(examples["loss_mask"])
     ends = tokens.shape[1] - np.argmax(loss_mask[:, ::-1], axis=1)
-    if ends.max() > length:
-        raise ValueError(f"an example has {ends.max()} tokens; rows of {length} cannot hold it")
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for example in np.argsort(-ends, kind="stable"):
-        fits = (row for row, room in enumerate(free) if room >= ends[example])
-        row = next(fits, len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(length)
-        rows[row].append(int(example))
-        free[row] -= int(ends[example])
+    rows = first_fit(ends, length)
     packed = {
         name: np.zeros((len(rows), length), dtype)
         for name, dtype in (("tokens", np.int32), ("loss_mask", bool), ("segment_ids", np.int32))
@@ -124,13 +115,13 @@ def index_targets(batch: SFTBatch) -> SFTBatch:
     Do so once for all rows of a data set: S, the most targets that a row has, rounded up to a
     multiple of 8, is a shape.
     """
-    batch = batch.replace(target_index=None)
+    batch = dataclasses.replace(batch, target_index=None)
     mask = np.pad(target_mask(jax.tree.map(jnp.asarray, batch)), ((0, 0), (1, 0)))
     counts = mask.sum(axis=1)
     width = -(-max(int(counts.max(initial=0)), 1) // 8) * 8
     index = np.zeros((len(mask), width), np.int32)
     index[np.arange(width) < counts[:, None]] = np.nonzero(mask)[1]
-    return batch.replace(target_index=index)
+    return dataclasses.replace(batch, target_index=index)
 
 
 def target_mask(batch: SFTBatch) -> Bool[Array, "B S"]:

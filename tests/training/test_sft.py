@@ -161,7 +161,7 @@ def test_packing_keeps_every_example_whole_and_once():
 
 
 def test_an_example_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="an example has 9 tokens; rows of 8 cannot hold it"):
+    with pytest.raises(ValueError, match="a sequence has 9 tokens; rows of 8 cannot hold it"):
         pack(padded_examples([5, 9], LENGTH), 8)
 
 
