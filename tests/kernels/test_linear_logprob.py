@@ -56,6 +56,15 @@ def test_huge_scores_stay_finite():
     assert all(np.all(np.isfinite(x)) for x in results)
 
 
+def test_vocab_major_is_the_transposed_matrix():
+    hidden, matrix, targets = inputs()
+    got = linear_logprob(hidden, matrix.T, targets, vocab_major=True)
+    for a, b in zip(got, linear_logprob(hidden, matrix, targets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    with pytest.raises(ValueError, match="vocab_major=True"):
+        linear_logprob(hidden, matrix.T, targets)
+
+
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match=r"'cuda'.*xla"):
         linear_logprob(*inputs(), implementation="cuda")
