@@ -325,29 +325,25 @@ def policy_step(setting: Setting) -> list[Contender]:
 def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     """The same, computed in bfloat16. "autocast" keeps float32 weights as ours does; the other
     peers hold weights and moments in bfloat16."""
-    contenders = [
-        _training(setting, "policy", "ours, bfloat16", "ours", "bfloat16"),
-        *(
-            _training(setting, "policy", *peer)
-            for peer in (
-                ("transformers, autocast, 1 thread", "transformers", "autocast", 1),
-                ("transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1),
-                ("transformers, bfloat16, 2 threads", "transformers", "bfloat16", 2),
-            )
-        ),
-    ]
+    contenders = [_training(setting, "policy", "ours, bfloat16", "ours", "bfloat16")]
+    runs: tuple[tuple[str, int | None], ...] = (("autocast", 1), ("bfloat16", 1), ("bfloat16", 2))
+    if setting.platform != "cpu":
+        runs = (("autocast", None), ("bfloat16", None))
+    for dtype, threads in runs:
+        name = f"transformers, {dtype}{_threads(threads)}"
+        contenders.append(_training(setting, "policy", name, "transformers", dtype, threads))
     return [*contenders, *_probes(setting)]
 
 
 def sft_step(setting: Setting) -> list[Contender]:
     """One supervised update: cross-entropy of the responses, AdamW, clipping by norm."""
+    threads = 1 if setting.platform == "cpu" else None
+    peer = f"transformers, bfloat16{_threads(threads)}"
     return [
         _training(setting, "sft", "ours, float32", "ours", "float32"),
         _training(setting, "sft", "ours, bfloat16", "ours", "bfloat16"),
         _training(setting, "sft", "tunix, float32", "tunix", "float32"),
-        _training(
-            setting, "sft", "transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1
-        ),
+        _training(setting, "sft", peer, "transformers", "bfloat16", threads),
     ]
 
 
@@ -450,7 +446,7 @@ def _scheduled(setting: Setting, job: Callable[..., Job], part: int | None) -> l
         contenders.append(Contender(program, worker, job(dtype, **how), dtype, threads))
     pages = job("bfloat16", continuous=True, page_size=setting.size.page)
     threads = 1 if setting.platform == "cpu" else None
-    name = "transformers, bfloat16, continuous batching" + (", 1 thread" if threads else "")
+    name = f"transformers, bfloat16, continuous batching{_threads(threads)}"
     return [*contenders, Contender(name, "transformers", pages, "continuous", threads)]
 
 
@@ -490,24 +486,27 @@ def _training(
     computed = "float32" if dtype == "float32" else "bfloat16"
     length = size.prompt + size.new
     cost = roofline.train(setting.model, computed, size.batch, length, size.new)
-    if setting.platform != "cpu":
-        threads = None
     return Contender(name, worker, job | how, name, threads, cost=cost)
+
+
+def _threads(count: int | None) -> str:
+    return "" if count is None else f", {count} thread" + "s" * (count > 1)
 
 
 def _probes(setting: Setting) -> list[Contender]:
     """The rates that the roofline is made of, by whoever may be fastest."""
     size = setting.size
     contenders = []
-    for worker, program in (("ours", "XLA"), ("transformers", "torch")):
+    one = 1 if setting.platform == "cpu" else None
+    for worker, program, threads in (("ours", "XLA", None), ("transformers", "torch", one)):
         for dtype in ("float32", "bfloat16"):
             job = {"work": "matmul", "dtype": dtype, "n": size.product, "times": 2}
             name = f"matrix products in {dtype}, {program}"
-            contenders.append(Contender(name, worker, job, "probe", unit="FLOP"))
+            contenders.append(Contender(name, worker, job, "probe", threads, unit="FLOP"))
         job = {"work": "bandwidth", "bytes": size.read, "times": 2}
         reader = "NumPy" if (worker, setting.platform) == ("ours", "cpu") else program
         name = f"reading memory, {reader}"
-        contenders.append(Contender(name, worker, job, "probe", unit="B"))
+        contenders.append(Contender(name, worker, job, "probe", threads, unit="B"))
     return contenders
 
 

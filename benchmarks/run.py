@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             if weights:
                 shutil.rmtree(weights)
-    report.close(targets.table(report.results))
+    report.close(targets.table(report.results), options.quick)
     if any(x.missing and x.worker == "ours" for y in report.results.values() for x in y):
         sys.exit("some of our own benchmarks failed; the tables say why")
 
@@ -116,8 +116,9 @@ class _Report:
         heading = f"\n### {name}\n\n{asked} Load average {loads[0]} before, {loads[1]} after.\n\n"
         self._print(heading + markdown(timings, clock))
 
-    def close(self, table: str) -> None:
-        self._print(f"\n### Targets\n\n{table}")
+    def close(self, table: str, quick: bool) -> None:
+        note = "Tiny shapes: these figures mean nothing.\n\n" if quick else ""
+        self._print(f"\n### Targets\n\n{note}{table}")
 
     def _print(self, text: str) -> None:
         print(text, end="", flush=True)

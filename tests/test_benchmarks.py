@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import jobs, roofline, targets
+from benchmarks.measure import Contender, Timing, compare, markdown
+from benchmarks.peers import FOLDER, PEERS, Missing, Programs, Worker
+
 ROOT = Path(__file__).parents[1]
+SETTING = jobs.Setting(jobs.QUICK, "cpu", "nowhere")
 
 
-def bench(*arguments):
+def bench(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.run", "--small", *arguments],
+        [sys.executable, "-m", "benchmarks.run", "--quick", *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -27,43 +32,226 @@ def check(folder, printed, names, repeats):
     record = json.loads((folder / "benchmarks.json").read_text())
     tables = (folder / "benchmarks.md").read_text()
     assert tables == printed
-    assert {"processor", "threads", "jax"} <= set(record["machine"])
+    assert {"processor", "threads", "load", "ours", *PEERS} <= set(record["machine"])
     assert list(record["results"]) == names
-    for name, timings in record["results"].items():
+    for name, result in record["results"].items():
         assert f"### {name}\n" in tables
-        for timing in timings:
-            assert f"| {timing['variant']} | " in tables
-            assert all(len(timing[x]) == repeats for x in ("cpu_seconds", "wall_seconds", "speed"))
+        assert len(result["load"]) == 2
+        for timing in result["timings"]:
+            assert timing["contender"] in tables
+            if timing["missing"]:
+                continue
+            rounds = min(repeats, 2) if name in jobs.LONG else repeats
+            lists = ("amounts", "cpu_seconds", "wall_seconds", "rates", "speed")
+            assert all(len(timing[x]) == rounds for x in lists)
             assert min(timing["cpu_seconds"]) > 0
-            assert timing["tokens"] > 0
-            assert timing["recompilations"] == 0, timing["variant"]
-        first = timings[0]
-        assert first["speed"] == [1.0] * repeats
-        assert first["compilations"] > 0
-        rate = first["tokens"] / statistics.median(first["cpu_seconds"])
-        assert f"| {first['variant']} | {rate:.0f} |" in tables
-    return record["results"]
+            assert timing["peak_bytes"] > 1 << 20
+            if timing["worker"] == "ours":
+                assert timing["recompilations"] == 0, timing["contender"]
+    return {name: result["timings"] for name, result in record["results"].items()}
 
 
-def test_small_run_writes_both_files(tmp_path):
-    done = bench("--only=sampling_settings,scoring", "--repeats=2", f"--out={tmp_path}")
+def test_ours_alone(tmp_path):
+    """Peers that are left out are missing, and their targets neither reached nor missed."""
+    done = bench("--peers=none", "--only=settings,head", "--repeats=2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    results = check(tmp_path, done.stdout, ["sampling_settings", "scoring"], 2)
-    # Sampling settings are traced: what the first variant compiled serves the others.
-    assert [t["compilations"] for t in results["sampling_settings"][1:]] == [0, 0, 0, 0]
-    assert all(t["temporaries"] > 0 for t in results["scoring"])
+    results = check(tmp_path, done.stdout, ["settings", "head"], 2)
+    ours = [x for x in results["settings"] if x["worker"] == "ours"]
+    # Sampling settings are traced: what the first compiled serves the others.
+    assert ours[0]["compilations"] > 0
+    assert [x["compilations"] for x in ours[1:]] == [0] * 6
+    assert ours[0]["speed"] == [1.0, 1.0]
+    rate = statistics.median(ours[1]["rates"])
+    assert f"| {ours[1]['contender']} | {rate:.4g} |" in done.stdout
+    assert ours[1]["rates"][0] == ours[1]["amounts"][0] / ours[1]["cpu_seconds"][0]
+    heads = [x for x in results["head"] if x["unit"] == "tokens"]
+    assert all(x["temporaries"] > 0 for x in heads)
+    assert all(min(x["roofline"]) > 0 for x in heads)
+    theirs = [x for y in results.values() for x in y if x["worker"] != "ours"]
+    assert theirs
+    assert all(x["missing"] == "left out by --peers" and not x["speed"] for x in theirs)
+    assert "| programs compiled when settings change or a prompt within its bucket |" in done.stdout
+    row = next(x for x in done.stdout.splitlines() if "greedy, to Tunix" in x)
+    assert "| not measured |" in row
 
 
-def test_unknown_benchmark_is_refused(tmp_path):
-    done = bench("--only=decoding", f"--out={tmp_path}")
-    assert done.returncode != 0
-    assert "'decoding' is unknown; choose from ['sampling_settings'" in done.stderr
+def test_what_cannot_be_installed_is_missing_with_the_reason(tmp_path):
+    done = bench(
+        "--peers=tunix",
+        f"--peers-folder={tmp_path / 'peers'}",
+        "--only=loading",
+        "--repeats=1",
+        f"--out={tmp_path}",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS="",
+    )
+    assert done.returncode == 0, done.stderr
+    timings = check(tmp_path, done.stdout, ["loading"], 1)["loading"]
+    reasons = {x["worker"]: x["missing"] for x in timings}
+    assert reasons["ours"] is None
+    assert reasons["tunix"].startswith("could not be installed: ERROR: No matching distribution")
+    assert reasons["transformers"] == "left out by --peers"
+    assert f"| tunix | missing: {reasons['tunix']} |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--only=decoding", "'decoding' is unknown; choose from ['settings'"),
+        ("--peers=vllm", "'vllm' is unknown; choose from ['tunix'"),
+        ("--repeats=0", "--repeats: 0; it must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, argument, message):
+    done = bench(argument, f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+WORKER = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "prepare":
+        answer = {"id": request["job"]["id"]}
+    elif request["id"] == 3 and request["do"] == "run":
+        sys.exit(7)
+    elif request["id"] == 2:
+        answer = {"error": "ValueError: no such thing"}
+    else:
+        print(request["id"], file=sys.stderr)
+        seconds = 2.0 if request["id"] else 1.0
+        answer = dict(amount=10, cpu_seconds=seconds, wall_seconds=9.0, peak_bytes=1,
+                      device_peak_bytes=None, compilations=1, compile_seconds=0.5,
+                      temporaries=None, facts={}, tokens=[[1, 2, request["id"], 4]])
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_turns_ratios_and_failures(tmp_path):
+    """Contenders alternate, in another order each round; who fails is missing, others go on."""
+
+    def start(name, threads):
+        if name == "absent":
+            raise Missing("not here")
+        return Worker([sys.executable, "-c", WORKER], dict(os.environ), tmp_path / "log")
+
+    contenders = [
+        Contender("fast", "ours", {"id": 0}),
+        Contender("slow", "ours", {"id": 1}),
+        Contender("refused", "ours", {"id": 2}),
+        Contender("gone", "peer", {"id": 3}),
+        Contender("never", "absent", {"id": 4}),
+    ]
+    fast, slow, refused, gone, never = compare(contenders, start, repeats=3)
+    assert slow.speed == [0.5] * 3
+    assert slow.rates == [5.0] * 3
+    assert fast.facts == {}
+    assert slow.facts == {"same greedy text": 0.5}
+    assert fast.compilations == 1
+    assert fast.recompilations == 3
+    assert refused.missing.startswith("ValueError: no such thing")
+    assert gone.missing.startswith("its process ended with 7")
+    assert never.missing == "not here"
+    order = (tmp_path / "log").read_text().split()
+    assert order == ["0", "1", "3", "0", "1", "1", "0", "0", "1"]
+    assert markdown([fast, gone]).count("\n") == 4
+
+
+def test_the_roofline_is_the_slower_of_operations_and_bytes():
+    cost = roofline.Cost(flops=100.0, bytes=10.0, dtype="float32")
+    peaks = [{"float32": 50.0, "bytes": 10.0}, {"float32": 1000.0, "bytes": 5.0}]
+    assert roofline.shares(cost, [4.0, 4.0], peaks) == [0.5, 0.5]
+    assert roofline.shares(cost, [4.0], [{"bytes": 10.0}]) is None
+
+
+def test_costs_count_every_weight():
+    """Against a count of the parameters themselves."""
+    import jax
+
+    from spark_jax.models import transformer
+
+    model = SETTING.model
+    shapes = transformer.shapes(jobs.QUICK.model)
+    weights = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
+    norms = 2 * jobs.QUICK.model.num_layers * jobs.QUICK.model.width
+    assert roofline.decode(model, "bfloat16", 1, 1, 1).bytes > 2 * (weights - norms)
+    once = roofline.forward(model, "float32", 1, 1, 1)
+    pair = 4 * jobs.QUICK.model.num_layers * jobs.QUICK.model.num_heads * 8
+    assert once.flops == 2 * (weights - norms) + pair
+    assert roofline.train(model, "float32", 1, 1, 1).flops == 3 * once.flops
+
+
+def timing(name, rates, **more):
+    return Timing(contender=name, worker="", unit="tokens", dtype="", rates=rates, **more)
+
+
+def test_targets_take_the_fastest_of_a_peer():
+    results = {
+        "policy_step_bfloat16": [
+            timing("ours, bfloat16", [4.0, 8.0, 6.0]),
+            timing("transformers, autocast, 1 thread", [2.0, 2.0, 2.0]),
+            timing("transformers, bfloat16, 1 thread", [4.0, 2.0, 4.0]),
+            timing("transformers, bfloat16, 2 threads", [], missing="no"),
+        ]
+    }
+    row = next(x for x in targets.table(results).splitlines() if "transformers, bfloat16 |" in x)
+    assert "not measured" in row  # decode's
+    row = next(x for x in targets.table(results).splitlines() if "--only policy_step_bf" in x)
+    assert "| 1.5 × | yes |" in row
+    results["policy_step_bfloat16"].append(timing("transformers, other", [6.0, 9.0, 8.0]))
+    row = next(x for x in targets.table(results).splitlines() if "--only policy_step_bf" in x)
+    assert "| 0.75 × | no |" in row
+
+
+def test_every_target_names_contenders_that_exist():
+    """With all contenders measured, no target is open but those of a GPU."""
+    results = {}
+    for platform, label in (("cpu", ""), ("gpu", "1.5B ")):
+        setting = jobs.Setting(jobs.QUICK, platform, "nowhere")
+        for name, contenders in jobs.BENCHMARKS.items():
+            results[label + name] = [
+                timing(
+                    x.name,
+                    [1.0],
+                    roofline=[1.0],
+                    peak_bytes=1,
+                    temporaries=1,
+                    facts={"largest gap, nat": 1.0},
+                )
+                for x in contenders(setting)
+            ]
+    assert "not measured" not in targets.table(results)
 
 
 @pytest.mark.slow
 def test_every_benchmark_runs(tmp_path):
+    done = bench("--repeats=1", "--peers=none", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    check(tmp_path, done.stdout, list(jobs.BENCHMARKS), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all((FOLDER / f"{name}-cpu" / ".installed").exists() for name in PEERS),
+    reason="no environments of the peers: `make bench` makes them",
+)
+def test_every_peer_runs_and_computes_the_same(tmp_path):
     done = bench("--repeats=1", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    names = list(json.loads((tmp_path / "benchmarks.json").read_text())["results"])
-    assert len(names) >= 7
-    check(tmp_path, done.stdout, names, 1)
+    results = check(tmp_path, done.stdout, list(jobs.BENCHMARKS), 1)
+    assert [x for y in results.values() for x in y if x["missing"]] == []
+    for x in results["decode"]:
+        if "float32" in x["contender"] and "same greedy text" in x["facts"]:
+            assert x["facts"]["same greedy text"] == 1.0, x["contender"]
+    for name in ("policy_step", "sft_step"):
+        losses = [x["facts"]["loss, nat"] for x in results[name] if x["unit"] == "tokens"]
+        assert max(losses) - min(losses) < 1e-3, results[name]
+
+
+def test_programs_start_only_what_they_may(tmp_path):
+    programs = Programs("tpu", ("tunix",), tmp_path, tmp_path)
+    with pytest.raises(Missing, match="not measured on tpu"):
+        programs.start("tunix")
+    with pytest.raises(Missing, match="left out by --peers"):
+        programs.start("transformers")

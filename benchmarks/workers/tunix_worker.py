@@ -51,7 +51,7 @@ def generate(job: Job) -> Run:
     def run(warm: bool) -> Result:
         useful = 0
         few: list[list[int]] = []
-        for batch in batches[:1] if warm else batches:
+        for batch in batches:  # in the warm-up too: another length is another program
             out = sampler(
                 [tokenizer.decode(prompt) for prompt, _ in batch],
                 max_generation_steps=max(n for _, n in batch),
@@ -239,6 +239,8 @@ def _train(trainer: peft_trainer.PeftTrainer, batch: Any, job: Job) -> Run:
     tokens = sum(len(job[x]) * len(job[x][0]) for x in ("prompts", "responses"))
 
     def run(warm: bool) -> Result:
+        if warm:
+            step(batch)  # the second call compiles once more
         loss, _, grad_norm = jax.block_until_ready(step(batch))
         if not np.isfinite(grad_norm):
             raise FloatingPointError("the update was not finite")
