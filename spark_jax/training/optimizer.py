@@ -28,7 +28,8 @@ def make(config: Any) -> optax.GradientTransformation:
 
     Fields: `name` (a key of OPTIMIZERS; default "adamw"), the fields of `make_schedule`,
     `clip_norm` (global norm the gradient is clipped to, before the optimiser sees it),
-    `accumulator_dtype` (of the first moment or momentum), and any argument of the optax factory
+    `accumulator_dtype` (of the first moment or momentum; second moments have the parameters' dtype,
+    since bfloat16 would round their small steps away), and any argument of the optax factory
     under optax's name with optax's default: `b1`, `b2`, `eps`, `weight_decay`, `momentum`, ...
     Weight decay leaves norms and biases alone.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
@@ -27,8 +29,13 @@ class PolicyBatch:
     tokens: Any  # int [B, T], right-padded
     mask: Any  # bool [B, T], the end-of-sequence token included
     old_logprobs: Any  # float [B, T], nats: under the policy that sampled
-    advantages: Any  # float [B, T]
+    advantages: Any  # float [B, T]; None where `advantage_function` makes them
     ref_logprobs: Any = None  # float [B, T], nats; needed for a KL term only
+    advantage_inputs: Any = None  # what `advantage_function` is given
+
+
+AdvantageFunction = Callable[[Any, Any], tuple[Any, losses.Metrics]]
+"""(log π [B, T], advantage_inputs) -> (advantages [B, T], metrics). See `policy_step`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +88,19 @@ def policy_step(
     objective: Objective,
     accumulation_steps: int = 1,
     chunk: int | None = None,
+    advantage_function: AdvantageFunction | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update on the clipped policy-gradient objective over all B responses.
 
     Token weights are made for the whole batch, so `accumulation_steps` changes memory, not the
     update; neither does packing (`packing.pack_policy_batch` with the same objective). Pure; jit it
     with everything but `state` and `batch` bound and `donate_argnums=0`.
+
+    Advantages that compare the policy with another, such as SPRO's, can be made inside the step,
+    from the log-probs that it computes anyway: the first update after a rollout then needs no pass
+    of its own to score the policy. `advantage_function` is such an advantage; it sees all rows
+    together, of an unpacked batch, and its metrics are among those returned. No gradient passes
+    through it.
 
     Returns:
       the state and metrics, all taken at the parameters before the update: those of
@@ -95,9 +109,11 @@ def policy_step(
       are the same policy, and this is the gap between sampler and scorer.
 
     Raises:
-      ValueError: the rows do not divide into `accumulation_steps`, or a KL coefficient without
-        `ref_logprobs`.
+      ValueError: the rows do not divide into `accumulation_steps`, a KL coefficient without
+        `ref_logprobs`, or an `advantage_function` with accumulation or a packed batch.
     """
+    if advantage_function is not None:
+        _refuse_rows_apart(batch, accumulation_steps)
     mask, weights = _mask(batch), _weights(batch, objective)
 
     def loss_function(
@@ -105,6 +121,7 @@ def policy_step(
     ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
         rows, row_weights = inputs
         logprobs, entropy = _score(params, model_config, rows, chunk)
+        rows, _ = _with_advantages(rows, logprobs, advantage_function)
         loss, _ = _objective(logprobs, entropy, rows, row_weights, objective)
         return loss, (logprobs, entropy)
 
@@ -112,10 +129,29 @@ def policy_step(
         state, (batch, weights), loss_function, optimizer, accumulation_steps
     )
     # Once more on the assembled [B, T] arrays: shares and maxima of micro-batches do not add up.
+    batch, advantage_metrics = _with_advantages(batch, logprobs, advantage_function)
     _, metrics = _objective(logprobs, entropy, batch, weights, objective)
     gap = losses.sampler_gap(batch.old_logprobs, logprobs, mask)
     metrics |= {f"logprob_gap_{name}": value for name, value in gap.items()}
-    return state, metrics | update_metrics
+    return state, metrics | advantage_metrics | update_metrics
+
+
+def _with_advantages(
+    batch: Any, logprobs: Float[Array, "B T"], function: AdvantageFunction | None
+) -> tuple[Any, losses.Metrics]:
+    if function is None:
+        return batch, {}
+    advantages, metrics = function(jax.lax.stop_gradient(logprobs), batch.advantage_inputs)
+    return dataclasses.replace(batch, advantages=advantages), metrics
+
+
+def _refuse_rows_apart(batch: PolicyBatch | PackedPolicyBatch, accumulation_steps: int) -> None:
+    if accumulation_steps != 1 or isinstance(batch, PackedPolicyBatch):
+        raise ValueError(
+            f"an advantage_function sees all rows of a batch together, but accumulation_steps="
+            f"{accumulation_steps} and the batch is a {type(batch).__name__}; make the advantages "
+            "before the step"
+        )
 
 
 def _mask(batch: PolicyBatch | PackedPolicyBatch) -> Bool[Array, "B T"]:

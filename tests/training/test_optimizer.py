@@ -75,6 +75,27 @@ def test_accumulator_dtype_reaches_the_moments():
         assert "bfloat16" in dtypes
 
 
+def test_narrow_moments_train_like_wide_ones():
+    """The first moment in bfloat16; parameters and second moment, whose steps of a thousandth
+    bfloat16 would round away, in float32."""
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+    ends = {}
+    for dtype in ("float32", "bfloat16"):
+        made = optimizer.make({"learning_rate": 1e-2, "accumulator_dtype": dtype})
+        params = {"w": jnp.zeros((8, 8))}
+        state = made.init(params)
+        for _ in range(50):
+            updates, state = made.update({"w": params["w"] - target}, state, params)
+            params = optax.apply_updates(params, updates)
+        adam = state[0]
+        assert (adam.mu["w"].dtype.name, adam.nu["w"].dtype.name) == (dtype, "float32")
+        assert params["w"].dtype.name == "float32"
+        ends[dtype] = params["w"]
+    moved = jnp.abs(ends["float32"]).max()
+    np.testing.assert_allclose(ends["bfloat16"], ends["float32"], atol=0.03 * moved)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
