@@ -40,31 +40,25 @@ def get_config() -> ConfigDict:
 
     config.rl.update(
         dict(
-            steps=12,
+            steps=8,
             num_problems=512,
             prompts_per_step=4,
             group_size=6,
-            evaluate_every=12,
-            save_every=6,
+            evaluate_every=8,
+            save_every=4,
             keep_checkpoints=1,
         )
     )
-    config.rl.optimizer.update(dict(name="adamw", learning_rate=3e-5, warmup_steps=2))
+    config.rl.optimizer.update(dict(name="adamw", learning_rate=5e-5, warmup_steps=1))
     config.evaluate.update(
         dict(num_problems=64, samples_per_problem=2, num_solutions=64, generator=config.model)
     )
-    config.pipeline.update(
-        dict(
-            sft=True,
-            seeds=(0, 1),
-            workers=1,
-            arms=ConfigDict(
-                {
-                    "prm_grpo": dict(reward="process_aware_outcome", advantage="grpo"),
-                    "prm_spro": dict(reward="process_aware_outcome", advantage="spro"),
-                    "rule_based": dict(reward="rule_based", advantage="grpo"),
-                }
-            ),
-        )
+    config.pipeline.update(dict(sft=True, seeds=(0, 1), workers=1))
+    config.pipeline.arms = ConfigDict(  # in place of the demo's
+        {
+            "prm_grpo": dict(reward="process_aware_outcome", advantage="grpo"),
+            "rule_based": dict(reward="rule_based", advantage="grpo"),
+            "rule_based_spro": dict(reward="rule_based", advantage="spro"),
+        }
     )
     return config
