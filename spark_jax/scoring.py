@@ -110,10 +110,20 @@ def _next_token(
     targets: Int[Array, "B T"],
     chunk: int | None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    tied = params.head is None
+    matrix = params.embedding if tied else params.head
     logprobs, _, entropy = linear_logprob_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        transformer.vocab_matrix(params, config),
+        matrix.astype(config.compute_dtype),
         targets.reshape(-1),
-        block=tokens_at_once(config.vocab_size) if chunk is None else chunk,
+        block=_block(targets.size, config.vocab_size) if chunk is None else chunk,
+        vocab_major=tied,  # as it lies in memory: turned, it would be copied
     )
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
+
+
+def _block(tokens: int, vocab_size: int) -> int:
+    """Tokens of a block, such that the last one is about as full as the others: what fills it up is
+    computed like the rest."""
+    blocks = max(-(-tokens // tokens_at_once(vocab_size)), 1)
+    return -(-tokens // (8 * blocks)) * 8

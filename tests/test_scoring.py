@@ -91,6 +91,13 @@ def test_tokens_at_once_fit_the_budget():
     assert scoring.tokens_at_once(11) % 64 == 0
 
 
+def test_blocks_fit_the_budget_and_are_filled():
+    for tokens in (1, 255, 1024, 2048, 4095, 100_000):
+        block = scoring._block(tokens, 49152)
+        assert block <= scoring.tokens_at_once(49152)
+        assert -(-tokens // block) * block <= 1.03 * tokens + 7
+
+
 def test_scoring_4096_tokens_takes_a_quarter_gigabyte_of_temporaries(optimised):
     """At the vocabulary and width of SmolLM2, compiled only."""
     config = ModelConfig(49152, 576, 1, 9, 3, 64, 1536)
