@@ -4,9 +4,11 @@ The reference ("xla") walks the tokens in blocks: a block's [block, V] scores li
 log-sum-exp, entropy and target score are taken, and are computed again in the backward pass. Peak
 temporaries are a few block · V floats instead of N · V.
 
-"pallas_tpu" holds scores in VMEM only, in tiles of the vocabulary too, and needs no temporaries;
-where a block of the reference does not fit in VMEM it is also faster (docs/performance.md). A
-kernel is not partitioned by XLA: over several chips, call it inside `jax.shard_map`.
+"pallas_tpu" holds scores in VMEM only, in tiles of the vocabulary too, and needs no temporaries. It
+is faster where the scores of a block do not fit in VMEM, and slower where they do and XLA keeps
+them there (docs/performance.md). "pallas_gpu" needs no temporaries in the forward pass; it has been
+lowered for CUDA and interpreted but not timed on a GPU, and is taken only where it is asked for.
+A kernel is not partitioned by XLA: over several chips, call it inside `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+_VMEM_FOR_SCORES = 100 * 2**20  # bytes, of the 128 MiB of v5e and v6e
 
 LogProbs = tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]
 
@@ -34,7 +38,7 @@ def linear_logprob(
     Differentiable in hidden and vocab_matrix. `block` is the number of tokens whose scores are held
     at once ("xla" only; the kernels choose). With `vocab_major` the matrix is [V, D], as a tied
     embedding lies in memory: transposing one before a kernel would copy it. `implementation` is a
-    key of IMPLEMENTATIONS; None takes `default_implementation()`.
+    key of IMPLEMENTATIONS; None takes `default_implementation`.
     """
     logprob, logsumexp, _ = linear_logprob_and_entropy(
         hidden,
@@ -62,7 +66,7 @@ def linear_logprob_and_entropy(
       ValueError: an unknown implementation, or a matrix that does not fit hidden's width.
     """
     if implementation is None:
-        implementation = default_implementation()
+        implementation = default_implementation(vocab_matrix.shape[not vocab_major], block)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose from {list(IMPLEMENTATIONS)}")
     if vocab_matrix.shape[1 if vocab_major else 0] != hidden.shape[1]:
@@ -74,11 +78,13 @@ def linear_logprob_and_entropy(
     return IMPLEMENTATIONS[implementation](hidden, vocab_matrix, targets, block, vocab_major)
 
 
-def default_implementation() -> str:
-    """The kernel on a single TPU chip, else "xla": a mesh may shard the arguments, and a kernel
-    cannot follow that."""
+def default_implementation(vocab: int, block: int) -> str:
+    """The kernel on a single TPU chip if a block's scores exceed its VMEM, else "xla".
+
+    On several devices "xla" too: a mesh may shard the arguments, and a kernel cannot follow that.
+    """
     one_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
-    return "pallas_tpu" if one_tpu else "xla"
+    return "pallas_tpu" if one_tpu and 4 * block * vocab > _VMEM_FOR_SCORES else "xla"
 
 
 def _xla(
@@ -115,7 +121,19 @@ def _pallas_tpu(
     )
 
 
+def _pallas_gpu(
+    hidden: Array, vocab_matrix: Array, targets: Array, block: int, vocab_major: bool
+) -> LogProbs:
+    from spark_jax.kernels import linear_logprob_gpu
+
+    dtype = jnp.promote_types(hidden.dtype, vocab_matrix.dtype)
+    return linear_logprob_gpu.linear_logprob_and_entropy(
+        hidden.astype(dtype), vocab_matrix.astype(dtype), targets, block, vocab_major
+    )
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, int, bool], LogProbs]] = {
     "xla": _xla,
     "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
 }

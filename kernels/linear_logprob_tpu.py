@@ -59,7 +59,7 @@ def linear_logprob_and_entropy(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=_cost(hidden, vocab, products=1, passes=blocks),
+        cost_estimate=_cost(hidden, vocab, products=1, matrix_passes=blocks, hidden_passes=1),
         interpret=interpret,
     )(_rows(targets, tokens), hidden, vocab_matrix)
     logprob, logsumexp, entropy = (x.reshape(-1)[:n] for x in outputs)
@@ -154,7 +154,13 @@ def _backward_span(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=_cost(hidden, vocab, products=3, passes=2 + len(added)),
+        cost_estimate=_cost(
+            hidden,
+            vocab,
+            products=3,
+            matrix_passes=2 + len(added),
+            hidden_passes=last + 2,
+        ),
         interpret=interpret,
     )(*rows, hidden, vocab_matrix, *added)
     return d_matrix, d_hidden
@@ -309,11 +315,13 @@ def _rows(x: Array, tokens: int) -> Array:
     return _pad(x, tokens).reshape(-1, 1, tokens)
 
 
-def _cost(hidden: Array, vocab: int, *, products: int, passes: int) -> pl.CostEstimate:
+def _cost(
+    hidden: Array, vocab: int, *, products: int, matrix_passes: int, hidden_passes: int
+) -> pl.CostEstimate:
     """For XLA's scheduler, which knows nothing of what a kernel does."""
     n, width = hidden.shape
     return pl.CostEstimate(
         flops=2 * products * n * width * vocab,
         transcendentals=n * vocab,
-        bytes_accessed=(passes * vocab + 2 * n) * width * hidden.dtype.itemsize,
+        bytes_accessed=(matrix_passes * vocab + hidden_passes * n) * width * hidden.dtype.itemsize,
     )

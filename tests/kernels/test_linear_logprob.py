@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from spark_jax.kernels.linear_logprob import linear_logprob, linear_logprob_and_entropy
+from spark_jax.kernels.linear_logprob import (
+    default_implementation,
+    linear_logprob,
+    linear_logprob_and_entropy,
+)
 
 
 def inputs(n=7, width=6, vocab=11, scale=1.0):
@@ -54,6 +58,16 @@ def test_huge_scores_stay_finite():
     hidden, matrix, targets = inputs(scale=1e4)
     results = linear_logprob_and_entropy(hidden, matrix, targets, block=4)
     assert all(np.all(np.isfinite(x)) for x in results)
+
+
+def test_the_kernel_is_taken_on_one_tpu_where_scores_exceed_vmem(monkeypatch):
+    assert default_implementation(151_936, 512) == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert default_implementation(151_936, 512) == "pallas_tpu"
+    assert default_implementation(49_152, 512) == "xla"
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert default_implementation(151_936, 512) == "xla"
 
 
 def test_vocab_major_is_the_transposed_matrix():
