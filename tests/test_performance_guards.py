@@ -1,0 +1,332 @@
+"""What keeps programs fast and small, read from what XLA compiled: no timings, so that a busy
+machine changes nothing.
+
+Programs are compiled as users run them (fixture `optimised`) and mostly never run.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark_jax import decoding, scoring
+from spark_jax.decoding import Sampling, decoder, generate
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+from spark_jax.training import optimizer, state
+from spark_jax.training.policy import Objective, PolicyBatch, policy_step
+from spark_jax.training.sft import SFTBatch, sft_step
+
+VOCABULARY = 1031  # a prime: no other axis has it
+DECODED = ModelConfig(
+    vocab_size=VOCABULARY,
+    width=64,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_width=96,
+)
+ROWS, PROMPT, COLUMNS = 8, 32, 64
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+
+class _Captured(Exception):
+    """Carries the decode program out of `generate`, which then runs nothing."""
+
+
+@functools.cache
+def decode_program(dtype: str, samples: int):
+    """What `generate` would run for ROWS rows in groups of `samples`: (lowered, compiled)."""
+    config = dataclasses.replace(DECODED, dtype=dtype)
+    params = decoding.layout(transformer.init(config, jax.random.key(0)), config)
+    prompts = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS // samples, PROMPT)).tolist()
+    run = decoder.decode
+
+    def capture(*args, **how):
+        lowered = run.lower(*args, **how)
+        raise _Captured(lowered, lowered.compile())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "decode", capture)
+        try:
+            generate(
+                params,
+                config,
+                prompts,
+                key=jax.random.key(0),
+                sampling=Sampling(top_p=0.95, top_k=40, min_p=0.01),
+                samples_per_prompt=samples,
+                max_new_tokens=COLUMNS,
+            )
+        except _Captured as captured:
+            return captured.args
+    raise AssertionError("generate did not call decoder.decode")
+
+
+TODAY = {
+    ("float32", 1): "XLA duplicates the update of the values: four copies, and keys transposed",
+    ("float32", 4): "keys and values of a lane's slots are transposed for their products",
+    ("bfloat16", 1): "an update in place goes through float32, keys are transposed",
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "samples"),
+    [pytest.param(*case, marks=pytest.mark.xfail(reason=why)) for case, why in TODAY.items()],
+)
+def test_decoding_copies_no_cache(dtype, samples):
+    """No copy, transposition or conversion of a layer's whole cache for a token."""
+    _, compiled = decode_program(dtype, samples)
+    whole = ROWS * DECODED.num_kv_heads * DECODED.head_dim * COLUMNS
+    steps = step_bodies(compiled.as_text(), rf"\b{VOCABULARY}\].* (dot|custom-call)\(")
+    assert steps
+    moved = [x for x in steps if re.search(r" (copy|transpose|convert)\(", x)]
+    assert [line for line in moved if elements(line) >= whole] == []
+
+
+PROGRAM = """
+%fused (p: f32[8,64,2]) -> f32[8,2,64] {
+  %p = f32[8,64,2]{2,1,0} parameter(0)
+  ROOT %transpose.1 = f32[8,2,64]{2,1,0} transpose(%p), dimensions={0,2,1}
+}
+
+%inner (q: (f32[8,64,2], f32[8,1031])) -> (f32[8,64,2], f32[8,1031]) {
+  %q = (f32[8,64,2]{2,1,0}, f32[8,1031]{1,0}) parameter(0)
+  %moved = f32[8,2,64]{2,1,0} fusion(%q), kind=kLoop, calls=%fused
+  %scores = f32[8,1031]{1,0} dot(%moved, %moved)
+}
+
+%outer (r: (f32[8,64,2], f32[8,1031])) -> (f32[8,64,2], f32[8,1031]) {
+  %r = (f32[8,64,2]{2,1,0}, f32[8,1031]{1,0}) parameter(0)
+  %copy.7 = f32[8,64,2]{2,1,0} copy(%r)
+  ROOT %w = (f32[8,64,2]{2,1,0}, f32[8,1031]{1,0}) while(%r), condition=%c, body=%inner
+}
+
+ENTRY %main (a: f32[8,64,2]) -> f32[8,64,2] {
+  %w.2 = (f32[8,64,2]{2,1,0}, f32[8,1031]{1,0}) while(%a), condition=%c, body=%outer
+}
+"""
+
+
+def test_programs_are_read_rightly():
+    """The inner loop with what it calls, and nothing of the outer."""
+    lines = step_bodies(PROGRAM, r"\b1031\].* dot\(")
+    assert [elements(line) for line in lines if " transpose(" in line] == [8 * 2 * 64]
+    assert not any("copy.7" in line for line in lines)
+    assert step_bodies(PROGRAM, "no such thing") == []
+
+
+def test_decoding_sorts_nothing():
+    """Top-k and top-p find their cut without sorting the vocabulary."""
+    lowered, compiled = decode_program("float32", 4)
+    assert re.findall(r"stablehlo\.sort|top_k|TopK", lowered.as_text()) == []
+    assert [x for x in compiled.as_text().splitlines() if re.search(r" (sort|topk)\(", x)] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_sets_little_aside(dtype):
+    """The caches, what turns a ring, and a few rows of scores."""
+    _, compiled = decode_program(dtype, 1)
+    per_column = 2 * DECODED.num_layers * ROWS * DECODED.num_kv_heads * DECODED.head_dim
+    cache = per_column * (COLUMNS + PROMPT) * (2 if dtype == "bfloat16" else 4)
+    scores = ROWS * VOCABULARY * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * cache + 20 * scores
+
+
+def test_bfloat16_products_accumulate_in_float32():
+    """Without it they are wrong, and on CPU slower than float32."""
+    lowered, _ = decode_program("bfloat16", 1)
+    results = dots(lowered.as_text())
+    assert len(results) > 10
+    assert set(results) == {"f32"}
+    config = dataclasses.replace(DECODED, dtype="bfloat16")
+    params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    score = jax.jit(lambda p, t: scoring.token_logprobs(p, config, t))
+    assert set(dots(score.lower(params, tokens).as_text())) == {"f32"}
+
+
+def test_settings_and_prompts_within_a_bucket_compile_nothing():
+    params = decoding.layout(transformer.init(DECODED, jax.random.key(0)), DECODED)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, VOCABULARY, (4, 20)).tolist()
+
+    def run(sampling, prompts=prompts, new=6, seed=0):
+        generate(
+            params,
+            DECODED,
+            prompts,
+            key=jax.random.key(seed),
+            sampling=sampling,
+            samples_per_prompt=2,
+            max_new_tokens=new,
+        )
+
+    run(Sampling())
+    with Compilations() as compiled:
+        run(Sampling(temperature=0.3, top_k=7), seed=1)
+        run(Sampling(top_p=0.5, min_p=0.1))
+        run(Sampling(greedy=True))
+        run(Sampling(stop_ids=(1, 2, 3)))
+        run(Sampling(), prompts=[prompt[: 17 + i] for i, prompt in enumerate(prompts)])
+        run(Sampling(), new=[5, 6, 5, 6])
+    assert compiled.names == []
+    with Compilations() as compiled:
+        run(Sampling(), new=13)  # the next bucket
+    assert compiled.names != []
+
+
+# At SmolLM2's vocabulary, with a model so small that scores dominate all else.
+TRAINED = ModelConfig(49152, 8, 2, 2, 1, 8, 16)
+BATCH, CONTEXT, TOKENS = 16, 16, 240
+SCORES = BATCH * TOKENS * TRAINED.vocab_size  # elements of all rows' scores: 0.75 GB in float32
+
+
+@functools.cache
+def training_program(work: str):
+    adamw = optimizer.make(dict(name="adamw", learning_rate=1e-5, clip_norm=1.0))
+    train = jax.eval_shape(
+        lambda: state.create(transformer.init(TRAINED, jax.random.key(0)), adamw, jnp.zeros(2))
+    )
+    prompt, response = ((BATCH, n) for n in (CONTEXT, TOKENS))
+    if work == "policy":
+        batch = PolicyBatch(
+            prompt_tokens=shape(prompt, jnp.int32),
+            prompt_mask=shape(prompt, bool),
+            tokens=shape(response, jnp.int32),
+            mask=shape(response, bool),
+            old_logprobs=shape(response),
+            advantages=shape(response),
+            ref_logprobs=shape(response),
+        )
+        step = functools.partial(policy_step, objective=Objective(kl_coefficient=0.01))
+    else:
+        whole = (BATCH, CONTEXT + TOKENS)
+        batch = SFTBatch(tokens=shape(whole, jnp.int32), loss_mask=shape(whole, bool))
+        step = sft_step
+    step = functools.partial(step, model_config=TRAINED, optimizer=adamw)
+    return train, jax.jit(step, donate_argnums=0).lower(train, batch).compile()
+
+
+@pytest.mark.parametrize("work", ["policy", "sft"])
+def test_a_train_step_never_holds_all_scores(work):
+    _, compiled = training_program(work)
+    largest = max(map(elements, compiled.as_text().splitlines()))
+    assert TRAINED.vocab_size * TRAINED.width <= largest <= SCORES / 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * SCORES / 3
+
+
+@pytest.mark.parametrize("work", ["policy", "sft"])
+def test_a_train_step_updates_its_state_in_place(work):
+    train, compiled = training_program(work)
+    weights = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves((train.params, train.opt_state))
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes >= weights
+
+
+def test_scoring_never_holds_all_scores():
+    params = jax.eval_shape(lambda: transformer.init(TRAINED, jax.random.key(0)))
+    tokens = shape((BATCH, TOKENS + 1), jnp.int32)
+    compiled = jax.jit(lambda p, t: scoring.token_logprobs(p, TRAINED, t)).lower(params, tokens)
+    compiled = compiled.compile()
+    assert max(map(elements, compiled.as_text().splitlines())) <= SCORES / 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.25e9
+
+
+def test_layers_that_are_computed_again_are_not_kept():
+    """With rematerialisation temporaries do not grow with every layer's activations."""
+    tokens = shape((8, 256), jnp.int32)
+
+    def temporaries(remat):
+        config = ModelConfig(64, 64, 12, 4, 2, 16, 512, remat=remat)
+        params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+        def loss(p, t):
+            return jnp.mean(scoring.token_logprobs(p, config, t))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=True) <= temporaries(remat=False) / 3
+
+
+class Compilations:
+    """Names what XLA compiles inside the block."""
+
+    def __enter__(self):
+        self.names = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event, duration, **how):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(how.get("fun_name", "?"))
+
+
+def shape(sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def dots(text):
+    """Result types of the products of two bfloat16 arrays in StableHLO."""
+    pair = r"dot_general.*: \(tensor<[^>]*bf16>, tensor<[^>]*bf16>\) -> tensor<[^>]*?(\w+)>"
+    return [x.rpartition("x")[2] for x in re.findall(pair, text)]
+
+
+def elements(line):
+    """Elements of an instruction's result; 0 for a tuple or anything else."""
+    found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]", line)
+    return math.prod(int(x) for x in found[1].split(",") if x) if found else 0
+
+
+def step_bodies(text, mark):
+    """Lines of the innermost loops in whose bodies `mark` is found, with all that they call."""
+    computations, loops = parse(text)
+    reached = {name: closure(name, computations) for name in loops}
+    lines = {name: [y for x in reached[name] for y in computations[x]] for name in loops}
+    marked = {name for name in loops if any(re.search(mark, line) for line in lines[name])}
+    inner = {x for x in marked if not any(y in reached[x] for y in marked - {x})}
+    return [line for name in sorted(inner) for line in lines[name]]
+
+
+def parse(text):
+    """Lines of every computation, and which computations are bodies of loops."""
+    computations, loops, lines = {}, set(), []
+    for line in text.splitlines():
+        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if opened:
+            lines = computations.setdefault(opened[1], [])
+        else:
+            lines.append(line)
+            loops.update(re.findall(r"\bbody=%?([\w.\-]+)", line))
+    return computations, loops
+
+
+def closure(name, computations):
+    """The computation and all that it calls."""
+    found, waiting = [], [name]
+    while waiting:
+        current = waiting.pop()
+        if current in found or current not in computations:
+            continue
+        found.append(current)
+        for line in computations[current]:
+            for field in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line):
+                waiting.append(field)
+            for several in re.findall(
+                r"(?:branch_computations|called_computations)=\{([^}]*)\}", line
+            ):
+                waiting.extend(x.strip().lstrip("%") for x in several.split(","))
+            waiting.extend(re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line))
+    return found
