@@ -25,6 +25,7 @@ def optimizer(**fields: object) -> ConfigDict:
         b1=placeholder(float),
         b2=placeholder(float),
         eps=placeholder(float),
+        accumulator_dtype=placeholder(str),  # of the first moment; bfloat16 halves its memory
     )
     return ConfigDict(none | dict(clip_norm=1.0) | fields)
 
@@ -156,6 +157,7 @@ def get_config() -> ConfigDict:
             minibatches=1,  # updates per pass over a rollout
             epochs=1,  # passes over a rollout
             accumulation_steps=1,
+            pack=False,  # several responses to a row of an update, where lengths are spread
             # Train on groups whose mean reward lies in [low, high] and whose rewards differ: (0, 1)
             # is DAPO's dynamic sampling, (0.2, 0.8) SPRO's filter. None trains on all.
             filter_low=placeholder(float),

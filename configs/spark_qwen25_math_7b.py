@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
             prompts_per_step=256,
             group_size=16,
             accumulation_steps=64,
+            pack=True,
             evaluate_every=20,
             save_every=20,
         )

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             prompts_per_step=256,
             group_size=4,
             accumulation_steps=32,
+            pack=True,
             filter_low=0.2,
             filter_high=0.8,
             evaluate_every=16,

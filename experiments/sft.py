@@ -32,7 +32,7 @@ from spark_jax.training import optimizer, state
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.run_folder import RunFolder
-from spark_jax.training.sft import SFTBatch, pack, sft_step
+from spark_jax.training.sft import SFTBatch, index_targets, pack, sft_step
 
 SAVE_EVERY = 100
 
@@ -90,7 +90,7 @@ def fine_tune(
     batches = (
         pack(arrays, section.max_length)
         if section.pack
-        else SFTBatch(arrays["tokens"], arrays["loss_mask"])
+        else index_targets(SFTBatch(arrays["tokens"], arrays["loss_mask"]))
     )
     order = batch_order(len(batches.tokens), section.batch_size, seed)
     train = state.create(loaded.params, make_optimizer(section), jax.random.key(seed))

@@ -69,6 +69,7 @@ from spark_jax.text_generation import (
 from spark_jax.training import optimizer, state
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
+from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.run_folder import RunFolder
 
@@ -126,11 +127,12 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             inputs = advantage_inputs(
                 config, model_config, train.params, reference, rollout, rewards, judged, steps
             )
-            batch, values = make_batch(config, rollout, inputs)
+            unmoved = int(train.step) == 0 and not config.rl.reference_model
+            batch, values = make_batch(config, rollout, inputs, unmoved)
             updates = []
             for part in minibatches(config, batch):
                 if part.mask.any():  # groups may all have been filtered out
-                    train, update_values = update(train, part)
+                    train, update_values = update(train, packed(config, part))
                     updates.append(update_values)
             policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
 
@@ -259,14 +261,15 @@ def advantage_inputs(
     """All that an advantage may look at.
 
     Where process rewards compare the policy with the reference, the scorer scores both: the
-    sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up.
+    sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up. The
+    policy's are None where the update makes the advantages, from log-probs of its own.
     """
     ref_logprobs, policy_logprobs = None, rollout.logprobs
     if reference is not None:
         score = functools.partial(_score, config, model_config, rollout)
         ref_logprobs = score(reference)
         if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-            policy_logprobs = score(params)
+            policy_logprobs = None if made_in_step(config) else score(params)
     return AdvantageInputs(
         rewards=jnp.asarray(rewards),
         mask=rollout.mask,
@@ -279,11 +282,11 @@ def advantage_inputs(
 
 
 def make_batch(
-    config: Config, rollout: decoding.Rollout, inputs: AdvantageInputs
+    config: Config, rollout: decoding.Rollout, inputs: AdvantageInputs, unmoved: bool
 ) -> tuple[PolicyBatch, dict[str, Any]]:
-    """What the update needs, advantages included; and metrics of rewards and advantages."""
-    options = launch.given(config.rl.advantage_options)
-    advantages = compiled_advantage(config.rl.advantage, json.dumps(options))(inputs)
+    """What the update needs, and metrics of rewards and advantages. `unmoved`: the policy still is
+    the reference, so that no process reward differs from 0, whatever two passes round."""
+    options = _advantage_options(config)
     mask = rollout.mask & _kept_groups(config, inputs.rewards)[:, None]
     batch = PolicyBatch(
         prompt_tokens=jnp.repeat(rollout.prompt_tokens, config.rl.group_size, axis=0),
@@ -291,23 +294,47 @@ def make_batch(
         tokens=rollout.tokens,
         mask=mask,
         old_logprobs=rollout.logprobs,
-        advantages=advantages,
+        advantages=None,
         ref_logprobs=inputs.ref_logprobs,
     )
-    metrics = {
+    metrics = {}
+    if made_in_step(config):
+        batch = batch.replace(advantage_inputs=(inputs, jnp.asarray(unmoved)))
+    else:
+        make = compiled_advantage(config.rl.advantage, options)
+        advantages, metrics = make(inputs.policy_logprobs, (inputs, jnp.asarray(False)))
+        batch = batch.replace(advantages=advantages)
+    metrics |= {
         "reward/mean": inputs.rewards.mean(),
         "reward/std": inputs.rewards.std(),
         "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, config.rl.group_size)
         / config.rl.prompts_per_step,
-        "advantage/mean_absolute": jnp.abs(advantages).sum() / rollout.mask.sum(),
         "response/length": rollout.mask.sum(axis=1).mean(),
         "response/finished": rollout.finished.mean(),
         "response/trained_on": mask.any(axis=1).mean(),
         "decode/slot_occupancy": rollout.slot_occupancy,
     }
-    if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-        metrics |= compiled_process_metrics(options.get("beta"))(inputs)
     return batch, metrics
+
+
+def made_in_step(config: Config) -> bool:
+    """Whether the update itself makes the advantages, from the log-probs of its own forward pass.
+
+    It does where an advantage reads the policy's log-probs and the update sees the whole rollout,
+    once, with the policy that sampled it: a forward pass is saved.
+    """
+    rl = config.rl
+    whole = rl.epochs == rl.minibatches == rl.accumulation_steps == 1 and not rl.pack
+    return rl.advantage in NEEDS_PROCESS_REWARDS and whole
+
+
+def packed(config: Config, batch: PolicyBatch) -> PolicyBatch | PackedPolicyBatch:
+    """The batch of one update, several responses to a row where `rl.pack` is set."""
+    if not config.rl.pack:
+        return batch
+    objective = Objective(**launch.objective_fields(config))
+    rows = pack_policy_batch(batch, objective, rows_multiple_of=config.rl.accumulation_steps)
+    return jax.tree.map(jnp.asarray, rows)
 
 
 def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -318,12 +345,15 @@ def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     means = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
     means |= {name: updates[0][name] for name in ("logprob_gap_max", "logprob_gap_mean")}
     means["update_skipped"] = np.sum([values["update_skipped"] for values in updates])
-    return {"policy/updates": len(updates)} | {f"policy/{name}": v for name, v in means.items()}
+    named = {name if "/" in name else f"policy/{name}": value for name, value in means.items()}
+    return {"policy/updates": len(updates)} | named
 
 
 def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
     """The batches of a rollout's updates: `epochs` passes over `minibatches` slices of groups."""
     n = config.rl.minibatches
+    if n == 1:  # not all that belongs to a whole batch has rows
+        return [batch] * config.rl.epochs
     slices = [
         jax.tree.map(lambda x, i=i: x[i * len(x) // n : (i + 1) * len(x) // n], batch)
         for i in range(n)
@@ -370,6 +400,9 @@ def compiled_step(model_config: Any, settings: str) -> Any:
         optimizer=optimizer.make(values["optimizer"]),
         objective=Objective(**values["objective"]),
         accumulation_steps=values["accumulation_steps"],
+        advantage_function=_advantage_function(*values["made_in_step"])
+        if values["made_in_step"]
+        else None,
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -386,26 +419,43 @@ def compiled_score(model_config: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def compiled_advantage(name: str, options: str) -> Any:
-    return jax.jit(functools.partial(ADVANTAGES[name], **json.loads(options)))
+    return jax.jit(_advantage_function(name, options))
 
 
-@functools.lru_cache(maxsize=16)
-def compiled_process_metrics(beta: float | None) -> Any:
+def _advantage_function(name: str, options: str) -> Any:
+    """A `policy.AdvantageFunction` of (AdvantageInputs, whether the policy is the reference)."""
+    given = json.loads(options)
+
+    def make(policy_logprobs: Any, made_of: tuple[AdvantageInputs, Any]) -> Any:
+        inputs, unmoved = made_of
+        if inputs.ref_logprobs is not None:
+            policy_logprobs = jnp.where(unmoved, inputs.ref_logprobs, policy_logprobs)
+        inputs = dataclasses.replace(inputs, policy_logprobs=policy_logprobs)
+        advantages = ADVANTAGES[name](inputs, **given)
+        metrics = {"advantage/mean_absolute": jnp.abs(advantages).sum() / inputs.mask.sum()}
+        if name in NEEDS_PROCESS_REWARDS:
+            metrics |= _process_metrics(inputs, given.get("beta"))
+        return advantages, metrics
+
+    return make
+
+
+def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, Any]:
     """Size of the masked step advantage; whether process rewards agree with step verdicts."""
     given = {} if beta is None else {"beta": beta}
+    returns = cumulative_process_reward(
+        inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **given
+    )
+    msa = masked_step(returns, inputs.mask, inputs.group_size)
+    steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
+    return {
+        "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
+        "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
+    }
 
-    def metrics(inputs: AdvantageInputs) -> dict[str, Any]:
-        returns = cumulative_process_reward(
-            inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **given
-        )
-        msa = masked_step(returns, inputs.mask, inputs.group_size)
-        steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
-        return {
-            "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
-            "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
-        }
 
-    return jax.jit(metrics)
+def _advantage_options(config: Config) -> str:
+    return json.dumps(launch.given(config.rl.advantage_options))
 
 
 def _reward_model(config: Config, task: tasks.Task) -> tuple[Sample | None, tasks.Task]:
@@ -471,6 +521,9 @@ def _update_settings(config: Config) -> dict[str, Any]:
         "optimizer": {**config.rl.optimizer.to_dict(), "total_steps": updates},
         "objective": launch.objective_fields(config),
         "accumulation_steps": config.rl.accumulation_steps,
+        "made_in_step": [config.rl.advantage, _advantage_options(config)]
+        if made_in_step(config)
+        else None,
     }
 
 

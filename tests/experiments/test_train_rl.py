@@ -96,6 +96,42 @@ def test_gap_is_measured_before_the_policy_moves(tiny, tmp_path):
         assert row["policy/ratio_max"] > 1.001
 
 
+def test_packed_updates_are_the_unpacked_ones(tiny, tmp_path):
+    """Weights and metrics of the first update; one of KL and entropy, of two minibatches."""
+    changes = {
+        "rl.reward": "rule_based",
+        "rl.steps": 1,
+        "rl.minibatches": 2,
+        "rl.accumulation_steps": 2,
+        "rl.objective.kl_coefficient": 0.1,
+        "rl.objective.entropy_coefficient": 0.1,
+        "rl.objective.aggregation": "sequence_mean",
+    }
+    for pack in (False, True):
+        run(tiny, tmp_path / str(pack), changes | {"rl.pack": pack})
+    apart, together = (
+        read_metrics(tmp_path / name / "metrics.jsonl")[1] for name in ("False", "True")
+    )
+    for name, value in apart.items():
+        if name.startswith(("policy/", "advantage/")):
+            np.testing.assert_allclose(together[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert apart["policy/grad_norm"] > 0
+
+
+def test_advantages_made_in_the_update_are_those_made_before_it(tiny, tmp_path):
+    """With two micro-batches they are made before it. At first policy and reference are one, and
+    what SPRO adds is exactly 0."""
+    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 2}
+    for steps in (1, 2):
+        run(tiny, tmp_path / str(steps), changes | {"rl.accumulation_steps": steps})
+    inside, before = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
+    assert inside[1].keys() == before[1].keys()
+    assert inside[1]["spro/msa_mean_absolute"] == before[1]["spro/msa_mean_absolute"] == 0
+    assert inside[2]["spro/msa_mean_absolute"] > 0
+    for name in ("spro/msa_mean_absolute", "advantage/mean_absolute", "policy/loss"):
+        np.testing.assert_allclose(inside[2][name], before[2][name], rtol=1e-2, atol=1e-6)
+
+
 def test_no_update_where_every_group_is_filtered_out(tiny, tmp_path):
     changes = {"rl.reward": "rule_based", "rl.filter_low": 0.999, "rl.filter_high": 0.9999}
     run(tiny, tmp_path, changes)
