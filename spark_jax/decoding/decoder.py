@@ -199,11 +199,7 @@ def _decode_until(
     def branch(ring: int) -> Callable[[_State], _State]:
         def run(state: _State) -> _State:
             cache, lanes, outputs = state
-            window = dataclasses.replace(
-                cache,
-                keys=jax.tree.map(lambda x: x[..., shape.columns - ring :, :], cache.keys),
-                values=jax.tree.map(lambda x: x[..., shape.columns - ring :, :], cache.values),
-            )
+            window = cache.latest(ring)
 
             def go_on(carry: tuple[_State, Array]) -> Bool[Array, ""]:
                 (_, lanes, _), _ = carry
@@ -217,16 +213,7 @@ def _decode_until(
             carry = ((window, lanes, outputs), jnp.int32(0))
             (window, lanes, outputs), column = jax.lax.while_loop(go_on, body, carry)
 
-            def put_back(full: Array, part: Array) -> Array:
-                part = jnp.roll(part, -column, axis=-2)
-                return full.at[..., shape.columns - ring :, :].set(part)
-
-            cache = dataclasses.replace(
-                cache,
-                keys=jax.tree.map(put_back, cache.keys, window.keys),
-                values=jax.tree.map(put_back, cache.values, window.values),
-            )
-            return cache, lanes, outputs
+            return cache.with_latest(window, column), lanes, outputs
 
         return run
 

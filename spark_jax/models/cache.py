@@ -3,6 +3,10 @@
 A template is what all prompts begin with; a prompt's own part is what follows it. Slots are grouped
 in lanes: the W slots of a lane sample from one prompt and share its keys and values. Per-layer
 arrays are a tuple (unrolled decoding) or stacked on axis 0 (scanned decoding).
+
+Keys lie as [..., K, columns] and values as [..., columns, K], and lanes and slots share one axis:
+both products of attention then read the cache as it is. Otherwise XLA:CPU transposes all keys, or
+copies all values (an axis of length 1 is enough), at every step.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ from spark_jax.models.config import ModelConfig
 
 @flax.struct.dataclass
 class Template:
-    """Keys and values of the C tokens that all prompts begin with, per layer [H_kv, C, K]."""
+    """Keys and values of the C tokens that all prompts begin with, per layer."""
 
-    keys: Any
-    values: Any
+    keys: Any  # [H_kv, K, C]
+    values: Any  # [H_kv, C, K]
 
     @property
     def length(self) -> int:
-        return jax.tree.leaves(self.keys)[0].shape[-2]
+        return jax.tree.leaves(self.values)[0].shape[-2]
 
     def layers(self) -> Any:
         """(keys, values) as `transformer` walks them: a list of pairs, or a stacked pair."""
@@ -37,11 +41,11 @@ class Template:
 
 @flax.struct.dataclass
 class PromptCache:
-    """Keys and values of prompts, per layer [P, H_kv, L, K]; `lengths` [P] says how many count."""
+    """Keys and values of prompts, per layer."""
 
-    keys: Any
-    values: Any
-    lengths: Any
+    keys: Any  # [P, H_kv, K, L]
+    values: Any  # [P, H_kv, L, K]
+    lengths: Any  # [P] how many of the L count
 
     def as_template(self) -> Template:
         """The only prompt (P = 1), every token of it, as a template for others."""
@@ -53,11 +57,21 @@ class PromptCache:
 class Segment(NamedTuple):
     """One layer's share of the cache."""
 
-    prompt_keys: Any  # [R, H_kv, L, K]
-    prompt_values: Any
-    keys: Any  # [R, W, H_kv, T, K]
-    values: Any
-    template: Any = None  # (keys, values), each [H_kv, C, K]
+    prompt_keys: Any  # [R, H_kv, K, L]
+    prompt_values: Any  # [R, H_kv, L, K]
+    keys: Any  # [R·W, H_kv, K, T]
+    values: Any  # [R·W, H_kv, T, K]
+    template: Any = None  # (keys [H_kv, K, C], values [H_kv, C, K])
+
+    def write(self, k: Any, v: Any, column: Any) -> Segment:
+        """With the new keys and values [R·W, H_kv, K] of all slots in one column: in place."""
+        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
+        return self._replace(
+            keys=jax.lax.dynamic_update_slice_in_dim(self.keys, k[..., None], column, axis=3),
+            values=jax.lax.dynamic_update_slice_in_dim(
+                self.values, v[..., None, :], column, axis=2
+            ),
+        )
 
 
 @flax.struct.dataclass
@@ -66,13 +80,38 @@ class Cache:
     for each slot."""
 
     prompt: PromptCache
-    keys: Any  # per layer [R, W, H_kv, T, K]
-    values: Any
+    keys: Any  # per layer [R·W, H_kv, K, T]
+    values: Any  # per layer [R·W, H_kv, T, K]
     template: Template | None = None
 
     @property
     def prompt_length(self) -> int:
-        return jax.tree.leaves(self.prompt.keys)[0].shape[-2]
+        return jax.tree.leaves(self.prompt.values)[0].shape[-2]
+
+    def latest(self, columns: int) -> Cache:
+        """With the last so many columns only."""
+        return dataclasses.replace(
+            self,
+            keys=jax.tree.map(lambda x: x[..., -columns:], self.keys),
+            values=jax.tree.map(lambda x: x[..., -columns:, :], self.values),
+        )
+
+    def with_latest(self, latest: Cache, shift: Any) -> Cache:
+        """With its last columns replaced by those of `latest`, rolled back by `shift`."""
+        columns = jax.tree.leaves(latest.values)[0].shape[-2]
+        start = jax.tree.leaves(self.values)[0].shape[-2] - columns
+
+        def keys(old: Any, new: Any) -> Any:
+            return old.at[..., start:].set(jnp.roll(new, -shift, axis=-1))
+
+        def values(old: Any, new: Any) -> Any:
+            return old.at[..., start:, :].set(jnp.roll(new, -shift, axis=-2))
+
+        return dataclasses.replace(
+            self,
+            keys=jax.tree.map(keys, self.keys, latest.keys),
+            values=jax.tree.map(values, self.values, latest.values),
+        )
 
     def segments(self) -> Any:
         """The cache as `transformer` walks it: a list of segments, or stacked segments to scan."""
@@ -94,18 +133,28 @@ def empty(
     stacked: bool,
     template: Template | None = None,
 ) -> Cache:
-    """A cache of zeros with no valid token in it."""
+    """A cache of zeros with no valid token in it. The slots' own part may be wider than the compute
+    dtype; what is written is rounded to that all the same."""
 
-    def zeros(*shape: int) -> Any:
-        shape = (*shape, config.head_dim)
+    def zeros(*shape: int, dtype: Any) -> Any:
         if stacked:
-            return jnp.zeros((config.num_layers, *shape), config.compute_dtype)
-        return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+            return jnp.zeros((config.num_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-    prompt_shape = (lanes, config.num_kv_heads, prompt_length)
-    own_shape = (lanes, width, config.num_kv_heads, columns)
-    prompt = PromptCache(zeros(*prompt_shape), zeros(*prompt_shape), jnp.zeros(lanes, jnp.int32))
-    return Cache(prompt, zeros(*own_shape), zeros(*own_shape), template)
+    heads, head_dim, dtype = config.num_kv_heads, config.head_dim, config.compute_dtype
+    # Unrolled decoding is for CPU, where XLA widens the whole of a bfloat16 array to update a part.
+    own_dtype = dtype if stacked else jnp.float32
+    prompt = PromptCache(
+        keys=zeros(lanes, heads, head_dim, prompt_length, dtype=dtype),
+        values=zeros(lanes, heads, prompt_length, head_dim, dtype=dtype),
+        lengths=jnp.zeros(lanes, jnp.int32),
+    )
+    return Cache(
+        prompt,
+        keys=zeros(lanes * width, heads, head_dim, columns, dtype=own_dtype),
+        values=zeros(lanes * width, heads, columns, head_dim, dtype=own_dtype),
+        template=template,
+    )
 
 
 def insert(cache: Cache, prompts: PromptCache, lanes: Any) -> Cache:

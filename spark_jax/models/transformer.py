@@ -53,9 +53,25 @@ class Layer:
 
 
 @flax.struct.dataclass
+class FusedLayer:
+    """One layer as decoding on CPU wants it: fewer and wider matrix products."""
+
+    attention_norm: Any  # [D]
+    query_key_value: Any  # [D, H + 2 H_kv, K]
+    output: Any  # [H, K, D]
+    mlp_norm: Any  # [D]
+    gate_up: Any  # [D, 2, F]
+    down: Any  # [F, D]
+    query_key_value_bias: Any = None  # [H + 2 H_kv, K]
+    output_bias: Any = None  # [D]
+    query_norm: Any = None  # [K]
+    key_norm: Any = None  # [K]
+
+
+@flax.struct.dataclass
 class Params:
     embedding: Any  # [V, D]
-    layers: Any  # Layer with leading axis, or a tuple of Layer (see `unstack`)
+    layers: Any  # Layer with leading axis, or a tuple of FusedLayer (see `unstack`)
     final_norm: Any  # [D]
     head: Any = None  # [D, V]; None where tied to the embedding
 
@@ -131,9 +147,11 @@ def shapes(config: ModelConfig) -> Params:
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """The decoding layout: one `Layer` per layer, in the compute dtype; once per policy update."""
-    layer = jax.tree.map(lambda x: x.astype(config.compute_dtype), params.layers)
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], layer) for i in range(config.num_layers))
+    """The decoding layout: one `FusedLayer` per layer, in the compute dtype; once per policy
+    update."""
+    stacked = jax.tree.map(lambda x: x.astype(config.compute_dtype), params.layers)
+    one_by_one = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
+    layers = tuple(_fuse(layer) for layer in one_by_one)
     rest = jax.tree.map(
         lambda x: x.astype(config.compute_dtype), dataclasses.replace(params, layers=())
     )
@@ -183,7 +201,7 @@ def prefill(
     mask = _causal_mask(valid.astype(jnp.int32))
 
     def attend(q: Array, k: Array, v: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
-        return _attend(q, k, v, mask, before), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return _attend(q, k, v, mask, before), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
     layers = None if template is None else template.layers()
     _, (keys, values) = _run(params, config, tokens, positions, attend, layers)
@@ -212,12 +230,9 @@ def decode_step(
     prompt_mask = jnp.arange(cache.prompt_length) < cache.prompt.lengths[:, None]
 
     def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Array, Array]]:
-        q, k, v = (x.reshape(lanes, width, *x.shape[2:]) for x in (q, k, v))
-        keys = jax.lax.dynamic_update_slice_in_dim(kv.keys, k[:, :, :, None], column, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(kv.values, v[:, :, :, None], column, axis=3)
-        kv = kv._replace(keys=keys, values=values)
-        out = _attend_segments(q, kv, prompt_mask, own_mask)
-        return out.reshape(lanes * width, 1, *out.shape[2:]), (keys, values)
+        kv = kv.write(k[:, 0], v[:, 0], column)
+        out = _attend_segments(q[:, 0], kv, prompt_mask, own_mask.reshape(lanes * width, -1))
+        return out[:, None], (kv.keys, kv.values)
 
     hidden, (keys, values) = _run(
         params, config, tokens.reshape(-1, 1), positions.reshape(-1, 1), attend, cache.segments()
@@ -233,6 +248,11 @@ def logits(
     `scoring` has the blocked form that never holds [B, T, V]."""
     if params.head is None:
         table = params.embedding.astype(config.compute_dtype)
+        if isinstance(params.layers, tuple) and hidden.dtype == jnp.float32:
+            # XLA:CPU multiplies the table as it lies in three quarters of the time if it comes
+            # first; the barrier keeps it from turning the product round.
+            out = jnp.einsum("vd,...d->v...", table, hidden, preferred_element_type=jnp.float32)
+            return jnp.moveaxis(jax.lax.optimization_barrier(out), 0, -1)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     table = params.head.astype(config.compute_dtype)
     return jnp.einsum("...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
@@ -268,7 +288,7 @@ def _run(
     angles = _rotary_table(positions, config)
     x = jnp.take(params.embedding, tokens, axis=0).astype(config.compute_dtype)
 
-    def step(x: Array, inputs: tuple[Layer, Any]) -> tuple[Array, Any]:
+    def step(x: Array, inputs: tuple[Layer | FusedLayer, Any]) -> tuple[Array, Any]:
         return _layer(x, inputs[0], config, angles, lambda q, k, v: attend(q, k, v, inputs[1]))
 
     if isinstance(params.layers, tuple):
@@ -285,23 +305,60 @@ def _run(
 
 def _layer(
     x: Float[Array, "B T D"],
-    layer: Layer,
+    layer: Layer | FusedLayer,
     config: ModelConfig,
     angles: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
 ) -> tuple[Float[Array, "B T D"], Any]:
     h = _rms_norm(x, layer.attention_norm, config.norm_eps)
-    q = _dot("btd,dhk->bthk", h, layer.query, layer.query_bias)
-    k = _dot("btd,dhk->bthk", h, layer.key, layer.key_bias)
-    v = _dot("btd,dhk->bthk", h, layer.value, layer.value_bias)
+    q, k, v = _queries_keys_values(h, layer, config)
     if config.qk_norm:
         q = _rms_norm(q, layer.query_norm, config.norm_eps)
         k = _rms_norm(k, layer.key_norm, config.norm_eps)
     attended, output = attend(_rotate(q, angles), _rotate(k, angles), v)
     x = x + _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
     h = _rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gated = jax.nn.silu(_dot("btd,df->btf", h, layer.gate)) * _dot("btd,df->btf", h, layer.up)
-    return x + _dot("btf,fd->btd", gated, layer.down), output
+    gate, up = _gate_and_up(h, layer)
+    return x + _dot("btf,fd->btd", jax.nn.silu(gate) * up, layer.down), output
+
+
+def _fuse(layer: Layer) -> FusedLayer:
+    biases = (layer.query_bias, layer.key_bias, layer.value_bias)
+    return FusedLayer(
+        attention_norm=layer.attention_norm,
+        query_key_value=jnp.concatenate([layer.query, layer.key, layer.value], axis=1),
+        output=layer.output,
+        mlp_norm=layer.mlp_norm,
+        gate_up=jnp.stack([layer.gate, layer.up], axis=1),
+        down=layer.down,
+        query_key_value_bias=None if layer.query_bias is None else jnp.concatenate(biases),
+        output_bias=layer.output_bias,
+        query_norm=layer.query_norm,
+        key_norm=layer.key_norm,
+    )
+
+
+def _queries_keys_values(
+    h: Float[Array, "B T D"], layer: Layer | FusedLayer, config: ModelConfig
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+    if isinstance(layer, FusedLayer):
+        out = _dot("btd,dhk->bthk", h, layer.query_key_value, layer.query_key_value_bias)
+        ends = (config.num_heads, config.num_heads + config.num_kv_heads)
+        q, k, v = jnp.split(out, ends, axis=2)
+        return q, k, v
+    q = _dot("btd,dhk->bthk", h, layer.query, layer.query_bias)
+    k = _dot("btd,dhk->bthk", h, layer.key, layer.key_bias)
+    v = _dot("btd,dhk->bthk", h, layer.value, layer.value_bias)
+    return q, k, v
+
+
+def _gate_and_up(
+    h: Float[Array, "B T D"], layer: Layer | FusedLayer
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    if isinstance(layer, FusedLayer):
+        out = _dot("btd,dcf->btcf", h, layer.gate_up)
+        return out[:, :, 0], out[:, :, 1]
+    return _dot("btd,df->btf", h, layer.gate), _dot("btd,df->btf", h, layer.up)
 
 
 def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -356,7 +413,7 @@ def _attend(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
-    template: tuple[Float[Array, "G C K"], Float[Array, "G C K"]] | None = None,
+    template: tuple[Float[Array, "G K C"], Float[Array, "G C K"]] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention; the queries of one KV head are folded, KV is never repeated.
 
@@ -368,62 +425,81 @@ def _attend(
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
 
     def weigh(weights: Array) -> Array:
-        return jnp.einsum("bgqts,bsgk->bgqtk", weights, v, preferred_element_type=jnp.float32)
+        weights = weights.reshape(scores.shape)
+        out = jnp.einsum("bgqts,bsgk->bgqtk", weights, v, preferred_element_type=jnp.float32)
+        return out.reshape(*out.shape[:2], -1, d)
 
-    parts: list[_Part] = [(scores, weigh)]
+    parts: list[_Part] = [(scores.reshape(b, k.shape[2], -1, k.shape[1]), weigh)]
     if template is not None:
-        parts.append(_template_part(jnp.moveaxis(folded, 1, 3), template))
-    out = _join(parts, v.dtype)
+        queries = jnp.moveaxis(folded, 1, 3).reshape(b, k.shape[2], -1, d)
+        parts.append(_template_part(queries, template))
+    out = _join(parts, v.dtype).reshape(b, k.shape[2], -1, t, d)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(q.dtype)
 
 
 def _attend_segments(
-    q: Float[Array, "R W H K"],
+    q: Float[Array, "S H K"],
     kv: Segment,
     prompt_mask: Bool[Array, "R L"],
-    own_mask: Bool[Array, "R W T"],
-) -> Float[Array, "R W H K"]:
+    own_mask: Bool[Array, "S T"],
+) -> Float[Array, "S H K"]:
     """One query per slot against the template, its lane's prompt and its own tokens."""
-    r, w, h, d = q.shape
-    # Batch axes first: the lane's W · Q queries of one KV head then make one plain matrix product.
-    folded = q.reshape(r, w, kv.keys.shape[2], -1, d).swapaxes(1, 2)
+    queries = q.reshape(len(q), kv.keys.shape[1], -1, q.shape[-1])
+    # Batch axes first: in bfloat16 newer XLA:CPU multiplies no other order.
     dot = {"preferred_element_type": jnp.float32}
-    shared = jnp.einsum("rgwqk,rglk->rgwql", folded, kv.prompt_keys, **dot) * d**-0.5
-    own = jnp.einsum("rgwqk,rwgtk->rgwqt", folded, kv.keys, **dot) * d**-0.5
+    wide = kv.keys.dtype
+    own = jnp.einsum("sgqk,sgkt->sgqt", queries.astype(wide), kv.keys, **dot) * q.shape[-1] ** -0.5
     # Every slot has a token of its own, so the joint maximum is never the masked value.
-    shared = jnp.where(prompt_mask[:, None, None, None], shared, _MASKED)
-    own = jnp.where(own_mask[:, None, :, None], own, _MASKED)
+    own = jnp.where(own_mask[:, None, None], own, _MASKED)
+
+    def weigh(weights: Array) -> Array:
+        return jnp.einsum("sgqt,sgtk->sgqk", weights.astype(wide), kv.values, **dot)
+
     parts: list[_Part] = [
-        (shared, lambda weights: jnp.einsum("rgwql,rglk->rgwqk", weights, kv.prompt_values, **dot)),
-        (own, lambda weights: jnp.einsum("rgwqt,rwgtk->rgwqk", weights, kv.values, **dot)),
+        (own, weigh),
+        _shared_part(queries, kv.prompt_keys, kv.prompt_values, prompt_mask),
     ]
     if kv.template is not None:
-        parts.append(_template_part(folded, kv.template))
-    out = _join(parts, q.dtype)
-    return out.swapaxes(1, 2).reshape(r, w, h, d).astype(q.dtype)
+        parts.append(_template_part(queries, kv.template))
+    return _join(parts, q.dtype).reshape(q.shape).astype(q.dtype)
 
 
-# Scores [..., S] of some keys, masked, and what multiplies weights [..., S] with their values.
+# Scores [B, G, N, S] of some keys, masked, and what multiplies such weights with their values.
 _Part = tuple[Array, Callable[[Array], Array]]
 
 
 def _template_part(
-    q: Float[Array, "B G *N K"], template: tuple[Float[Array, "G C K"], Float[Array, "G C K"]]
+    q: Float[Array, "B G N K"], template: tuple[Float[Array, "G K C"], Float[Array, "G C K"]]
 ) -> _Part:
-    """All rows' queries of one KV head against the template in one matrix product: its keys are
-    read once, whatever the batch."""
     keys, values = template
-    by_head = q.swapaxes(0, 1)
-    rows = by_head.reshape(len(keys), -1, q.shape[-1])
+    return _shared_part(q, keys[None], values[None], jnp.ones((1, values.shape[1]), jnp.bool_))
+
+
+def _shared_part(
+    q: Float[Array, "B G N K"],
+    keys: Float[Array, "R G K L"],
+    values: Float[Array, "R G L K"],
+    mask: Bool[Array, "R L"],
+) -> _Part:
+    """B / R neighbours share one set of keys: their queries of one KV head make one plain matrix
+    product, so keys and values are read once for all of them."""
+    b, g, n, _ = q.shape
+    r = len(keys)
+
+    def together(x: Array) -> Array:
+        return x.reshape(r, b // r, g, n, -1).swapaxes(1, 2).reshape(r, g, b // r * n, -1)
+
+    def apart(x: Array) -> Array:
+        return x.reshape(r, g, b // r, n, -1).swapaxes(1, 2).reshape(b, g, n, -1)
+
     dot = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("gnk,gck->gnc", rows, keys, **dot) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("rgnk,rgkl->rgnl", together(q), keys, **dot) * q.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
 
     def weigh(weights: Array) -> Array:
-        flat = weights.swapaxes(0, 1).reshape(scores.shape)
-        out = jnp.einsum("gnc,gck->gnk", flat, values, **dot)
-        return out.reshape(by_head.shape).swapaxes(0, 1)
+        return apart(jnp.einsum("rgnl,rglk->rgnk", together(weights), values, **dot))
 
-    return scores.reshape(*by_head.shape[:-1], -1).swapaxes(0, 1), weigh
+    return apart(scores), weigh
 
 
 def _join(parts: list[_Part], dtype: Any) -> Float[Array, "..."]:

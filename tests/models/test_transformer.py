@@ -201,3 +201,31 @@ def test_config_refuses_impossible_heads():
         dataclasses.replace(PLAIN, head_dim=7)
     with pytest.raises(ValueError, match="float16"):
         dataclasses.replace(PLAIN, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype, width):
+    """In a loop, as in decoding: each of these would be a pass over the whole cache per token."""
+    config = dataclasses.replace(PLAIN, dtype=dtype)
+    params = transformer.unstack(transformer.init(config, jax.random.key(0)), config)
+    kv = cache.empty(config, lanes=4, width=width, prompt_length=32, columns=96, stacked=False)
+    slots = (4, width)
+    mask = jnp.ones((*slots, 96), bool)
+
+    @partial(jax.jit, donate_argnums=0)
+    def steps(kv, tokens):
+        def body(i, carry):
+            kv, tokens = carry
+            scores, kv = transformer.decode_step(params, config, kv, tokens, tokens, mask, i)
+            return kv, jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, 8, body, (kv, tokens))
+
+    text = steps.lower(kv, jnp.zeros(slots, jnp.int32)).compile().as_text()
+    assert "dynamic-update-slice" in text
+    shapes = (f"[{4 * width},2,8,96]", f"[{4 * width},2,96,8]", f"[4,{width},2,96,8]")
+    whole = [line for line in text.splitlines() if any(s in line.split("(")[0] for s in shapes)]
+    assert whole
+    for operation in (" copy(", " transpose(", " convert("):
+        assert not [line for line in whole if operation in line], operation
