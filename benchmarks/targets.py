@@ -3,13 +3,20 @@
 A ratio is the median over rounds of ours to theirs in the same round, on the benchmark's clock,
 and to the fastest of a peer's variants. What a run did not measure, or a peer that was missing,
 leaves its rows open: neither reached nor missed.
+
+    python -m benchmarks.targets runs/benchmarks/benchmarks.json ...
+
+prints the table of one run, or of several that measured different benchmarks (the last counts).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from .measure import Timing
 
@@ -25,6 +32,15 @@ class Target:
     measured: Callable[[Results], float | None]
     unit: str = "×"
     command: str = "python -m benchmarks.run --only {}"
+
+
+def read(*files: str | Path) -> Results:
+    """What runs left in their benchmarks.json."""
+    results: dict[str, list[Timing]] = {}
+    for file in files:
+        for name, result in json.loads(Path(file).read_text())["results"].items():
+            results[name] = [Timing(**timing) for timing in result["timings"]]
+    return results
 
 
 def table(results: Results) -> str:
@@ -260,3 +276,7 @@ def _find(results: Results, benchmark: str, words: str) -> list[Timing]:
 
 def _ratio(mine: Timing, theirs: Timing) -> float:
     return statistics.median(a / b for a, b in zip(mine.rates, theirs.rates, strict=True))
+
+
+if __name__ == "__main__":
+    print(table(read(*sys.argv[1:])), end="")

@@ -73,6 +73,7 @@ def test_ours_alone(tmp_path):
     assert "| programs compiled when settings change or a prompt within its bucket |" in done.stdout
     row = next(x for x in done.stdout.splitlines() if "greedy, to Tunix" in x)
     assert "| not measured |" in row
+    assert done.stdout.endswith(targets.table(targets.read(tmp_path / "benchmarks.json")))
 
 
 def test_what_cannot_be_installed_is_missing_with_the_reason(tmp_path):
