@@ -299,11 +299,12 @@ def make_batch(
     )
     metrics = {}
     if made_in_step(config):
-        batch = batch.replace(advantage_inputs=(inputs, jnp.asarray(unmoved)))
+        made_of = (inputs, jnp.asarray(unmoved))
+        batch = dataclasses.replace(batch, advantage_inputs=made_of)
     else:
         make = compiled_advantage(config.rl.advantage, options)
         advantages, metrics = make(inputs.policy_logprobs, (inputs, jnp.asarray(False)))
-        batch = batch.replace(advantages=advantages)
+        batch = dataclasses.replace(batch, advantages=advantages)
     metrics |= {
         "reward/mean": inputs.rewards.mean(),
         "reward/std": inputs.rewards.std(),
