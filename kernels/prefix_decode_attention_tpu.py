@@ -79,7 +79,10 @@ def prefix_decode_attention(
                 *[pl.BlockSpec((None, w, None, own_block, d), own)] * 2,
                 pl.BlockSpec((None, w, own_block), own_bias),
             ],
-            out_specs=[query, pl.BlockSpec((None, None, w, rows, 1), whole)],
+            out_specs=[
+                query,
+                pl.BlockSpec((None, None, w, rows), lambda *grid: whole(*grid)[:-1]),
+            ],
             scratch_shapes=[
                 pltpu.VMEM((w, rows, 1), jnp.float32),
                 pltpu.VMEM((w, rows, 1), jnp.float32),
@@ -88,7 +91,7 @@ def prefix_decode_attention(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(folded.shape, q.dtype),
-            jax.ShapeDtypeStruct((*folded.shape[:-1], 1), jnp.float32),
+            jax.ShapeDtypeStruct(folded.shape[:-1], jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * _MIB
@@ -108,7 +111,7 @@ def prefix_decode_attention(
         values,
         jnp.where(own_mask, 0.0, _MASKED),
     )
-    return _unfold(out, h), _unfold(logsumexp, h)[..., 0]
+    return _unfold(out, h), _unfold(logsumexp[..., None], h)[..., 0]
 
 
 def _kernel(
@@ -174,7 +177,7 @@ def _kernel(
     def _() -> None:
         n = jnp.maximum(total[...], _EMPTY)
         out[...] = (sums[...] / n).astype(out.dtype)
-        logsumexp[...] = top[...] + jnp.log(n)
+        logsumexp[...] = (top[...] + jnp.log(n))[:, :, 0]
 
 
 def _within(x: Array, count: Any, ragged: int) -> Array:
