@@ -1,5 +1,6 @@
 """Sampling, the jitted batched decoder, and slot scheduling."""
 
+from spark_jax.decoding.generate import compiled_programs as compiled_programs
 from spark_jax.decoding.generate import generate as generate
 from spark_jax.decoding.generate import layout as layout
 from spark_jax.decoding.rollout import Rollout as Rollout

@@ -3,7 +3,8 @@
 W slots make a lane; the slots of a lane sample from one prompt, whose keys and values they share.
 What all prompts begin with, the template, is prefilled once and shared by all lanes.
 The outer loop admits waiting prompts into lanes that have no work left (one prefill for several);
-the inner loop decodes one token for every slot, and hands a slot that finished the next sample of
+once no prompt waits, such a lane takes over half of the samples that another has not begun. The
+inner loop decodes one token for every slot, and hands a slot that finished the next sample of
 its lane's prompt, which costs no prefill at all.
 
 All slots write their new keys at one common column of a ring, so a write is one slice update. How
@@ -55,7 +56,8 @@ class Requests:
     lengths: Any  # [P]
     max_new_tokens: Any  # [P]
     sampling: Sampling  # [P] fields
-    count: Any  # [] the first `count` prompts are real, the rest padding
+    order: Any  # [P] prompts in the order of admission
+    count: Any  # [] the first `count` of that order are real, the rest padding
     template: Any = None  # [C] what all prompts begin with
 
 
@@ -67,6 +69,8 @@ class Outputs:
     counts: Any  # [B] response tokens
     finished: Any  # [B] ended by a stop id
     steps: Any  # []
+    queued_steps: Any  # [] steps at which a sample still waited for a slot
+    queued_tokens: Any  # [] response tokens of those steps
 
 
 @flax.struct.dataclass
@@ -74,7 +78,8 @@ class _Lanes:
     """What each lane and slot is at. A slot with request B is idle."""
 
     prompt: Any  # [R] index of the lane's prompt
-    next_sample: Any  # [R] the next of the prompt's samples to hand out
+    next_sample: Any  # [R] the next of the prompt's samples to hand out,
+    last_sample: Any  # [R] up to this one, exclusive
     request: Any  # [R, W] row of the output, prompt · G + sample
     token: Any  # [R, W] the token to feed next
     count: Any  # [R, W] response tokens so far
@@ -108,7 +113,8 @@ def decode(
     slots = (shape.lanes, shape.width)
     lanes = _Lanes(
         prompt=jnp.zeros(shape.lanes, jnp.int32),
-        next_sample=jnp.full(shape.lanes, shape.group_size, jnp.int32),
+        next_sample=jnp.zeros(shape.lanes, jnp.int32),
+        last_sample=jnp.zeros(shape.lanes, jnp.int32),
         request=jnp.full(slots, idle, jnp.int32),
         token=jnp.zeros(slots, jnp.int32),
         count=jnp.zeros(slots, jnp.int32),
@@ -120,10 +126,10 @@ def decode(
         counts=jnp.zeros(idle, jnp.int32),
         finished=jnp.zeros(idle, jnp.bool_),
         steps=jnp.int32(0),
+        queued_steps=jnp.int32(0),
+        queued_tokens=jnp.int32(0),
     )
-
-    def step(state: _State, ring: int, column: Array) -> _State:
-        return _step(params, requests, key, state, ring, column, config=config, shape=shape)
+    run = partial(_step, params, requests, key, config=config, shape=shape)
 
     def can_admit(lanes: _Lanes, waiting: Array) -> Bool[Array, ""]:
         free = jnp.sum(_free_lanes(lanes, idle))
@@ -133,12 +139,25 @@ def decode(
     def admit(carry: tuple[kv_cache.Cache, _Lanes, Array]) -> tuple[kv_cache.Cache, _Lanes, Array]:
         return _admit(params, requests, *carry, idle=idle, config=config, shape=shape)
 
+    def can_take_over(lanes: _Lanes, waiting: Array) -> Bool[Array, ""]:
+        return (waiting >= requests.count) & _can_take_over(lanes, idle)
+
+    def take_over(carry: tuple[kv_cache.Cache, _Lanes]) -> tuple[kv_cache.Cache, _Lanes]:
+        return _take_over(requests, *carry, idle=idle)
+
     def outer(carry: tuple[_State, Array]) -> tuple[_State, Array]:
         (cache, lanes, outputs), waiting = carry
         cache, lanes, waiting = jax.lax.while_loop(
             lambda c: can_admit(c[1], c[2]), admit, (cache, lanes, waiting)
         )
-        pause = partial(can_admit, waiting=waiting)
+        cache, lanes = jax.lax.while_loop(
+            lambda c: can_take_over(c[1], waiting), take_over, (cache, lanes)
+        )
+
+        def pause(lanes: _Lanes) -> Bool[Array, ""]:
+            return can_admit(lanes, waiting) | can_take_over(lanes, waiting)
+
+        step = partial(run, waiting=waiting)
         return _decode_until(pause, step, (cache, lanes, outputs), idle, shape), waiting
 
     def unfinished(carry: tuple[_State, Array]) -> Bool[Array, ""]:
@@ -166,7 +185,8 @@ def _admit(
     rank = jnp.cumsum(free) - 1
     left = jnp.minimum(requests.count - waiting, shape.prefill)
     admitted = free & (rank < left)
-    prompts = jnp.minimum(waiting + jnp.arange(shape.prefill), requests.tokens.shape[0] - 1)
+    last = len(requests.order) - 1
+    prompts = requests.order[jnp.minimum(waiting + jnp.arange(shape.prefill), last)]
     # The last prompt token is not prefilled: it is each sample's first decode step.
     new = transformer.prefill(
         params, config, requests.tokens[prompts], requests.lengths[prompts] - 1, cache.template
@@ -176,11 +196,41 @@ def _admit(
     cache = kv_cache.insert(cache, new, into)
     lanes = dataclasses.replace(
         lanes,
-        prompt=jnp.where(admitted, waiting + rank, lanes.prompt).astype(jnp.int32),
+        prompt=jnp.where(admitted, prompts[jnp.clip(rank, 0, shape.prefill - 1)], lanes.prompt),
         next_sample=jnp.where(admitted, 0, lanes.next_sample).astype(jnp.int32),
+        last_sample=jnp.where(admitted, shape.group_size, lanes.last_sample).astype(jnp.int32),
     )
-    lanes = _hand_out_samples(lanes, requests, idle, shape.group_size)
+    lanes = _hand_out_samples(lanes, requests, idle)
     return cache, lanes, waiting + jnp.sum(admitted).astype(jnp.int32)
+
+
+def _take_over(
+    requests: Requests, cache: kv_cache.Cache, lanes: _Lanes, *, idle: int
+) -> tuple[kv_cache.Cache, _Lanes]:
+    """Each free lane takes half of the samples not begun of the lane that has most of them, with a
+    copy of its prompt."""
+
+    def one(carry: tuple[_Lanes, Array]) -> tuple[_Lanes, Array]:
+        lanes, source = carry
+        unbegun = lanes.last_sample - lanes.next_sample
+        giver, taker = jnp.argmax(unbegun), jnp.argmax(_free_lanes(lanes, idle))
+        end = lanes.last_sample[giver]
+        border = end - (unbegun[giver] + 1) // 2
+        lanes = dataclasses.replace(
+            lanes,
+            prompt=lanes.prompt.at[taker].set(lanes.prompt[giver]),
+            next_sample=lanes.next_sample.at[taker].set(border),
+            last_sample=lanes.last_sample.at[giver].set(border).at[taker].set(end),
+        )
+        return _hand_out_samples(lanes, requests, idle), source.at[taker].set(source[giver])
+
+    carry = (lanes, jnp.arange(len(lanes.prompt)))
+    lanes, source = jax.lax.while_loop(lambda c: _can_take_over(c[0], idle), one, carry)
+    return kv_cache.rearrange(cache, source), lanes
+
+
+def _can_take_over(lanes: _Lanes, idle: int) -> Bool[Array, ""]:
+    return jnp.any(lanes.next_sample < lanes.last_sample) & jnp.any(_free_lanes(lanes, idle))
 
 
 def _decode_until(
@@ -230,6 +280,7 @@ def _step(
     ring: int,
     column: Int[Array, ""],
     *,
+    waiting: Int[Array, ""],
     config: ModelConfig,
     shape: Shape,
 ) -> _State:
@@ -237,6 +288,7 @@ def _step(
     cache, lanes, outputs = state
     idle = outputs.counts.shape[0]
     busy = lanes.request < idle
+    queued = (waiting < requests.count) | jnp.any(lanes.next_sample < lanes.last_sample)
     age = (column - jnp.arange(ring)) % ring
     own_mask = age < lanes.count[..., None] + 1
     start = 0 if cache.template is None else cache.template.length
@@ -262,20 +314,23 @@ def _step(
         counts=outputs.counts.at[lanes.request].set(count, mode="drop"),
         finished=outputs.finished.at[lanes.request].set(stop, mode="drop"),
         steps=outputs.steps + 1,
+        queued_steps=outputs.queued_steps + queued,
+        queued_tokens=outputs.queued_tokens + jnp.where(queued, jnp.sum(busy), 0),
     )
     lanes = dataclasses.replace(
         lanes, request=jnp.where(done, idle, lanes.request), token=token, count=count
     )
-    return cache, _hand_out_samples(lanes, requests, idle, shape.group_size), outputs
+    return cache, _hand_out_samples(lanes, requests, idle), outputs
 
 
-def _hand_out_samples(lanes: _Lanes, requests: Requests, idle: int, group_size: int) -> _Lanes:
+def _hand_out_samples(lanes: _Lanes, requests: Requests, idle: int) -> _Lanes:
     """Gives each lane's idle slots the next samples of the lane's prompt, while there are any."""
     vacant = lanes.request >= idle
     sample_index = lanes.next_sample[:, None] + jnp.cumsum(vacant, axis=1) - 1
-    starts = vacant & (sample_index < group_size)
+    starts = vacant & (sample_index < lanes.last_sample[:, None])
     last_token = requests.tokens[lanes.prompt, requests.lengths[lanes.prompt] - 1]
     started = jnp.sum(starts, axis=1).astype(jnp.int32)
+    group_size = idle // len(requests.tokens)
     request = lanes.prompt[:, None] * group_size + sample_index
     return dataclasses.replace(
         lanes,

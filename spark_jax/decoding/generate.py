@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ MIN_SHARED_PREFIX = 64  # tokens
 # Prefixes are cut to whole grains, so that what prompts agree in by chance beyond their template
 # compiles nothing, and the template needs no mask.
 PREFIX_GRAIN = 32  # tokens
+
+# Waiting prompts are prefilled as soon as so many tokens of them fit the free lanes: from there on
+# arithmetic limits a prefill, not the reading of the weights, and slots that wait are waste.
+PREFILL_TOKENS = 256
 
 
 def generate(
@@ -52,8 +57,9 @@ def generate(
         that calls with different prompts share one compiled program.
       slots: rows decoded at the same time. None decodes all P · G at once; fewer is continuous
         batching: a finished row makes room for a waiting one.
-      slots_per_lane: slots that share one prompt. Fewer than G lets a group's samples follow one
-        another in the same slots; None takes G, or a quarter of it when rows have to wait.
+      slots_per_lane: slots that share one copy of a prompt, and take new prompts together. None
+        takes G; when rows have to wait 1, or more where copies of the prompts would take more room
+        than the responses.
       min_shared_prefix: tokens; a shorter common prefix is not shared. At least 1.
 
     Raises:
@@ -64,34 +70,25 @@ def generate(
     limits = _limits(max_new_tokens, len(prompts))
     lengths = _check_prompts(prompts, config.vocab_size, max_prompt_length)
     _check_positions(lengths, limits, config.max_positions)
-    if samples_per_prompt < 1:
-        raise ValueError(f"samples_per_prompt={samples_per_prompt}; it must be at least 1")
-    num_rows = len(prompts) * samples_per_prompt
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots={slots}; it must be at least 1")
-    if slots_per_lane is not None and slots_per_lane < 1:
-        raise ValueError(f"slots_per_lane={slots_per_lane}; it must be at least 1")
-    if min_shared_prefix < 1:
-        raise ValueError(f"min_shared_prefix={min_shared_prefix}; it must be at least 1")
-    waiting = slots is not None and slots < num_rows
-    width = slots_per_lane or (-(-samples_per_prompt // 4) if waiting else samples_per_prompt)
-    width = min(width, samples_per_prompt, slots or num_rows)
-    padded = ladder(len(prompts))
-    lanes = padded if slots is None else max(1, min(padded, slots // width))
-    shape = decoder.Shape(
-        lanes=lanes,
-        width=width,
-        group_size=samples_per_prompt,
-        columns=ladder(int(limits.max())),
-        prefill=max(1, lanes // 4) if waiting else lanes,
-    )
+    _check_sizes(samples_per_prompt, slots, slots_per_lane, min_shared_prefix)
     prefix = shared_prefix(prompts, min_shared_prefix)
     own = [prompt[prefix:] for prompt in prompts]
     own_length = max_prompt_length - prefix if max_prompt_length else ladder(max(map(len, own)))
+    padded, columns = ladder(len(prompts)), ladder(int(limits.max()))
+    if slots is None or slots >= len(prompts) * samples_per_prompt:
+        width = min(slots_per_lane or samples_per_prompt, samples_per_prompt)
+        shape = decoder.Shape(padded, width, samples_per_prompt, columns, prefill=padded)
+    else:
+        width = slots_per_lane or _lane_width(samples_per_prompt, own_length, columns)
+        width = min(width, samples_per_prompt, slots)
+        lanes = max(1, slots // width)
+        prefill = max(1, min(lanes // 4, -(-PREFILL_TOKENS // own_length)))
+        shape = decoder.Shape(lanes, width, samples_per_prompt, columns, prefill)
     requests = decoder.Requests(
         tokens=_right_padded(own, padded, own_length),
         lengths=_pad(lengths - prefix, padded),
         max_new_tokens=_pad(limits, padded),
+        order=_pad(_admission_order(lengths, limits), padded),
         sampling=jax.tree.map(lambda x: _pad(x, padded), sampling.per_prompt(len(prompts))),
         count=np.int32(len(prompts)),
         template=np.asarray(prompts[0][:prefix], np.int32) if prefix else None,
@@ -114,6 +111,26 @@ def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PR
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
     common -= common % PREFIX_GRAIN
     return common if common >= minimum else 0
+
+
+def compiled_programs() -> int:
+    """Programs this process has compiled for decoding: one per combination of static sizes, and one
+    per conversion of parameters. Settings, lengths within their bucket and keys compile nothing."""
+    functions: tuple[Any, ...] = (decoder.decode, _unstack)
+    return sum(function._cache_size() for function in functions)
+
+
+def _admission_order(lengths: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Longest first: what is begun last is what the others' slots wait for. How long a response
+    becomes is not known; its limit bounds it, and long prompts tend to have long responses."""
+    return np.lexsort((-lengths, -limits)).astype(np.int32)
+
+
+def _lane_width(group_size: int, prompt_length: int, columns: int) -> int:
+    """Slots per lane where rows wait. Slots on their own are never held up by others of their lane,
+    but each lane has a copy of its prompt: as few as leave the copies no more memory than the
+    responses, and never more than a quarter of a group."""
+    return max(1, min(-(-prompt_length // columns), group_size // 4))
 
 
 def layout(params: transformer.Params, config: ModelConfig) -> transformer.Params:
@@ -146,6 +163,7 @@ def _rollout(
     rows = len(left_padded) * shape.group_size
     out = jax.device_get(out)
     counts = out.counts[:rows]
+    queued = int(out.queued_steps) * shape.lanes * shape.width
     slot_steps = max(int(out.steps) * shape.lanes * shape.width, 1)
     rollout = Rollout(
         prompt_tokens=left_padded,
@@ -157,6 +175,7 @@ def _rollout(
         finished=out.finished[:rows],
         decode_steps=out.steps,
         slot_occupancy=np.float32(counts.sum() / slot_steps),
+        queue_occupancy=np.float32(out.queued_tokens / queued if queued else 1.0),
         shared_prefix=np.int32(prefix),
         group_size=shape.group_size,
     )
@@ -175,6 +194,20 @@ def _left_padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
     for row, prompt in zip(tokens, prompts, strict=True):
         row[length - len(prompt) :] = prompt
     return tokens
+
+
+def _check_sizes(
+    samples_per_prompt: int, slots: int | None, slots_per_lane: int | None, min_shared_prefix: int
+) -> None:
+    sizes = dict(
+        samples_per_prompt=samples_per_prompt,
+        slots=slots,
+        slots_per_lane=slots_per_lane,
+        min_shared_prefix=min_shared_prefix,
+    )
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; it must be at least 1")
 
 
 def _limits(max_new_tokens: int | Sequence[int], num_prompts: int) -> np.ndarray:

@@ -24,5 +24,6 @@ class Rollout:
     finished: Any  # [B] bool: ended by a stop id, not by the length limit
     decode_steps: Any  # [] int32: steps of the inner loop
     slot_occupancy: Any  # [] float32: share of slot-steps that produced a token
+    queue_occupancy: Any  # [] float32: the same while any sample waited for a slot; 1 if none did
     shared_prefix: Any  # [] int32: tokens that all prompts begin with, held once; 0 if none were
     group_size: int = flax.struct.field(pytree_node=False, default=1)

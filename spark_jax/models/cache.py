@@ -171,3 +171,14 @@ def insert(cache: Cache, prompts: PromptCache, lanes: Any) -> Cache:
         cache.prompt.lengths.at[lanes].set(prompts.lengths, mode="drop"),
     )
     return dataclasses.replace(cache, prompt=prompt)
+
+
+def rearrange(cache: Cache, source: Any) -> Cache:
+    """Gives each lane r the prompt that lane source[r] has."""
+    axis = 0 if isinstance(cache.keys, tuple) else 1
+    keys, values = jax.tree.map(
+        lambda x: jnp.take(x, source, axis=axis), (cache.prompt.keys, cache.prompt.values)
+    )
+    return dataclasses.replace(
+        cache, prompt=PromptCache(keys, values, cache.prompt.lengths[source])
+    )

@@ -220,6 +220,47 @@ def test_slots_are_a_limit(params, prompts):
     assert responses(few) == responses(generate(params, prompts[:5]))
 
 
+def test_a_stage_of_groups_keeps_its_slots_busy_while_any_sample_waits(params):
+    """Samples of unknown length, of more prompts than fit: no slot waits for its neighbours, and
+    when no prompt waits any more, free slots take over samples of groups under way."""
+    rng = np.random.default_rng(3)
+    many = [rng.integers(0, 50, n).tolist() for n in rng.integers(4, 9, 10)]
+    options = {"samples_per_prompt": 6, "max_new_tokens": 60}
+    together = generate(params, many, **options)
+    few = generate(params, many, slots=8, **options)
+    assert responses(few) == responses(together)
+    assert float(few.queue_occupancy) > 0.9
+    assert float(few.slot_occupancy) > 0.75
+    assert float(together.queue_occupancy) == 1
+    wide = generate(params, many, slots=8, slots_per_lane=4, **options)
+    assert float(wide.queue_occupancy) < float(few.queue_occupancy)
+
+
+def test_the_longest_are_begun_first(params):
+    """In the order given, the last would run alone for 20 of 27 steps."""
+    limits = [5] * 6 + [20]
+    rollout = generate(
+        params, [[i + 5] for i in range(7)], decoding.Sampling(), max_new_tokens=limits, slots=2
+    )
+    assert int(rollout.decode_steps) == 30 - 5
+    assert np.asarray(rollout.mask).sum(axis=1).tolist() == limits
+
+
+def test_a_run_of_several_stages_compiles_little(params):
+    """Stages differ in settings, templates and prompts; each has its sizes, and few programs."""
+    before = decoding.compiled_programs()
+    rng = np.random.default_rng(4)
+    for template in rng.integers(0, 50, (3, 70)).tolist():
+        for count in (5, 6, 5):
+            prompts = [
+                template + rng.integers(0, 50, n).tolist() for n in rng.integers(9, 16, count)
+            ]
+            sampling = decoding.Sampling(temperature=rng.uniform(0.5, 1), top_p=rng.uniform(0.5, 1))
+            rollout = generate(params, prompts, sampling, slots=3, max_new_tokens=9)
+            assert int(rollout.shared_prefix) == 64
+    assert decoding.compiled_programs() - before == 1
+
+
 def test_ladder_is_short_and_never_too_small():
     rungs = {ladder(n) for n in range(1, 5000)}
     assert all(ladder(n) >= n and ladder(n) <= 1.5 * n + 1 for n in range(1, 5000))
@@ -253,7 +294,12 @@ def test_no_vocabulary_sort_and_no_wide_scores_in_the_program(params):
     shape = decoder.Shape(lanes=2, width=3, group_size=3, columns=16, prefill=2)
     sampling = decoding.Sampling(top_p=0.9, top_k=5).per_prompt(2)
     requests = decoder.Requests(
-        np.ones((2, 24), np.int32), np.full(2, 9), np.full(2, 16), sampling, np.int32(2)
+        np.ones((2, 24), np.int32),
+        np.full(2, 9),
+        np.full(2, 16),
+        sampling,
+        np.arange(2),
+        np.int32(2),
     )
     text = decoder.decode.lower(params, requests, KEY, config=config, shape=shape).as_text()
     assert "1031" in text
