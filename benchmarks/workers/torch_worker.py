@@ -272,7 +272,7 @@ def _train(job: Job, loss: Callable[[Any], torch.Tensor]) -> Run:
         adamw.step()
         adamw.zero_grad(set_to_none=True)
         _wait()
-        return {"amount": tokens, "facts": {"loss, nat": float(value)}}
+        return {"amount": tokens, "facts": {"loss, nat": float(value.detach())}}
 
     return run
 
