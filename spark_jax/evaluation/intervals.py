@@ -133,7 +133,7 @@ def paired_permutation_test(
     return (1 + as_extreme) / (1 + resamples)
 
 
-def _crossed(runs: list[ValuesOfSeeds], level: float, resamples: int, seed: int) -> Interval:
+def _crossed(runs: list[np.ndarray], level: float, resamples: int, seed: int) -> Interval:
     """Of the first run's mean, less the second's if there is one."""
     for values in runs:
         if len(values) < 2:
