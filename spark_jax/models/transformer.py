@@ -246,6 +246,9 @@ def logits(
 ) -> Float[Array, "*N V"]:
     """Float32 scores over the vocabulary. Only for one position per row, as in decoding:
     `scoring` has the blocked form that never holds [B, T, V]."""
+    if _is_one_narrow_row(hidden):
+        twice = logits(params, config, jnp.concatenate([hidden, hidden]))
+        return jax.lax.optimization_barrier(twice)[:1]
     if params.head is None:
         table = params.embedding.astype(config.compute_dtype)
         if isinstance(params.layers, tuple) and hidden.dtype == jnp.float32:
@@ -363,10 +366,20 @@ def _gate_and_up(
 
 def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Matrix product in x's dtype, accumulated in float32 (bfloat16 is slow and wrong without)."""
+    if _is_one_narrow_row(x):
+        twice = _dot(equation, jnp.concatenate([x, x]), weight, bias)
+        return jax.lax.optimization_barrier(twice)[:1]
     out = dot(equation, x, weight)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)
+
+
+def _is_one_narrow_row(x: Array) -> bool:
+    """XLA:CPU takes ten times as long for one bfloat16 row as for two, so it is computed twice;
+    the barrier keeps XLA from seeing that."""
+    row_axes = max(min(x.ndim - 1, 2), 1)  # heads count as columns
+    return x.dtype == jnp.bfloat16 and x.shape[:row_axes] == (1,) * row_axes
 
 
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -229,3 +229,15 @@ def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype,
     assert whole
     for operation in (" copy(", " transpose(", " convert("):
         assert not [line for line in whole if operation in line], operation
+
+
+def test_one_bfloat16_row_alone_equals_itself_among_others():
+    """It goes through another program on CPU: see `_is_one_narrow_row`."""
+    config = dataclasses.replace(PLAIN, dtype="bfloat16")
+    params = transformer.unstack(transformer.init(config, jax.random.key(0)), config)
+    tokens = random_tokens((3, 1))
+    alone = full_logits(params, config, tokens[:1])
+    assert alone.shape == (1, 1, 50)
+    np.testing.assert_allclose(alone, full_logits(params, config, tokens)[:1], atol=1e-2)
+    vector = jnp.ones(16, jnp.bfloat16)
+    assert transformer.logits(params, config, vector).shape == (50,)
