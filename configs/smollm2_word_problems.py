@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     config.chat.system = "You are careful."
     config.decode.update(dict(max_new_tokens=192, slots=48))
 
-    config.sft.update(dict(num_examples=2000, steps=40, batch_size=8, max_length=384, pack=True))
-    config.sft.optimizer.update(dict(learning_rate=2e-4, schedule="cosine", warmup_steps=5))
+    config.sft.update(dict(num_examples=3000, steps=160, batch_size=8, max_length=384, pack=True))
+    config.sft.optimizer.update(dict(learning_rate=3e-4, schedule="cosine", warmup_steps=8))
 
-    config.generate.update(dict(num_problems=48, samples_per_problem=2, chunk_size=48))
+    config.generate.update(dict(num_problems=96, samples_per_problem=2, chunk_size=48))
     config.verify.update(
         dict(
             methods=("step_consistency",),  # of one sample, it is the verification itself
@@ -35,23 +35,23 @@ def get_config() -> ConfigDict:
             chunk_size=24,
         )
     )
-    config.prm.update(dict(steps=16, batch_size=8, max_length=384, pack=True))
+    config.prm.update(dict(steps=40, batch_size=8, max_length=384, pack=True))
     config.prm.optimizer.update(dict(learning_rate=5e-5, warmup_steps=2))
 
     config.rl.update(
         dict(
-            steps=8,
+            steps=12,
             num_problems=512,
-            prompts_per_step=4,
+            prompts_per_step=6,
             group_size=6,
-            evaluate_every=8,
+            evaluate_every=12,
             save_every=4,
             keep_checkpoints=1,
         )
     )
     config.rl.optimizer.update(dict(name="adamw", learning_rate=5e-5, warmup_steps=1))
     config.evaluate.update(
-        dict(num_problems=64, samples_per_problem=2, num_solutions=64, generator=config.model)
+        dict(num_problems=128, samples_per_problem=2, num_solutions=96, generator=config.model)
     )
     config.pipeline.update(dict(sft=True, seeds=(0, 1), workers=1))
     config.pipeline.arms = ConfigDict(  # in place of the demo's

@@ -103,7 +103,8 @@ places = [importlib.import_module(name).__file__ for name in names]
 own = ("kernels", "configs", "experiments", "benchmarks")
 specs = {name: importlib.util.find_spec(name) for name in own}
 from importlib.resources import files
-prompts = {f.name: f.read_text() for f in files("spark_jax.configs").joinpath("prompts").iterdir()}
+folder = files("spark_jax.configs").joinpath("prompts")
+prompts = {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith(".txt")}
 from spark_jax.data.arithmetic_chains import base
 params, config, tokenizer = base.load()
 print(json.dumps([places, [n for n, s in specs.items() if s], prompts, config.vocab_size]))

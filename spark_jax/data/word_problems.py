@@ -26,7 +26,10 @@ from spark_jax.verification.parse import format_verification
 
 OPERATIONS = (3, 4)  # per problem
 LARGEST = 40  # no value of a right solution is larger, or smaller than 2
-WRONG_STEP = 0.25  # share of wrong steps in the solutions that the examples verify
+# Shares of wrong steps in the examples' solutions: in those to be imitated, so that a policy errs in
+# more than one way and its groups differ; in those to be verified, so that copying does not pay.
+WRONG_STEP = 0.15
+WRONG_STEP_VERIFIED = 0.4
 # How those differ from the right value or operand: a slip, or a lost carry.
 SLIPS = (-1, 1, -2, 2, -3, 3, -10, 10)
 
@@ -193,17 +196,17 @@ def write_solution(steps: list[Step], answer: int) -> str:
 
 def right_solution(chain: Chain) -> list[Step]:
     """Each operation in turn, without an error."""
-    return noisy_solution(chain, None)
+    return noisy_solution(chain, 0.0, random.Random(0))
 
 
-def noisy_solution(chain: Chain, rng: random.Random | None) -> list[Step]:
-    """Each step wrong with probability `WRONG_STEP`, in its value or, one time in four, by a wrong
-    operand; what follows goes on from what was claimed. None: no errors."""
+def noisy_solution(chain: Chain, wrong: float, rng: random.Random) -> list[Step]:
+    """Each step wrong with probability `wrong`, in its value or, one time in four, by a wrong
+    operand; what follows goes on from what was claimed."""
     steps: list[Step] = []
     value = chain.start
     for operation in chain.operations:
         slip = 0
-        if rng is not None and rng.random() < WRONG_STEP:
+        if rng.random() < wrong:
             slip = rng.choice(SLIPS)
             if rng.random() < 0.25 and operation.operand + slip > 0:
                 operation, slip = Operation(operation.operator, operation.operand + slip), 0
@@ -228,19 +231,22 @@ def write_verification(chain: Chain, steps: list[Step]) -> Verification:
 
 
 def examples(num: int, seed: int, text_format: TextFormat) -> list[Example]:
-    """`num` supervised examples from train problems, solutions and verifications in turn: right
-    solutions, and true verifications of solutions with errors in `WRONG_STEP` of their steps."""
+    """`num` supervised examples from train problems: a solution and two verifications in turn.
+
+    Solutions err in `WRONG_STEP` of their steps; the verifications are true ones of solutions that
+    err in `WRONG_STEP_VERIFIED`.
+    """
     rng = random.Random(f"word problems examples {seed}")
     made = []
     for position, problem in enumerate(problems(num, seed, "train")):
         chain = read_question(problem.question)
         shown = dataclasses.replace(problem, answer=None)
-        if position % 2 == 0:
-            solution = write_solution(right_solution(chain), chain.answer())
+        solving = position % 3 == 0
+        steps = noisy_solution(chain, WRONG_STEP if solving else WRONG_STEP_VERIFIED, rng)
+        solution = write_solution(steps, steps[-1].value)
+        if solving:
             made.append(Example(text_format.solve_prompt(shown), solution))
         else:
-            steps = noisy_solution(chain, rng)
-            text = write_solution(steps, steps[-1].value)
-            prompt = text_format.verify_prompt(shown, text, None)
+            prompt = text_format.verify_prompt(shown, solution, None)
             made.append(Example(prompt, write_verification(chain, steps).text))
     return made

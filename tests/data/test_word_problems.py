@@ -99,23 +99,25 @@ def test_two_boxes_are_no_answer():
     assert words.labels(PROBLEM, text, CANONICAL) == ((), False)
 
 
-def test_examples_are_right_solutions_and_true_verifications():
+def test_examples_are_solutions_that_err_at_times_and_true_verifications():
     by_prompt = {}
-    for problem in words.problems(400, 3, "train"):
+    for problem in words.problems(600, 3, "train"):
         by_prompt[problem.question] = problem
-    errors = 0
-    for position, example in enumerate(words.examples(400, 3, CANONICAL)):
+    errors = {"imitated": 0, "verified": 0}
+    for position, example in enumerate(words.examples(600, 3, CANONICAL)):
         problem = next(p for q, p in by_prompt.items() if q in example.prompt)
-        if position % 2 == 0:
-            verdicts, right = words.labels(problem, example.target, CANONICAL)
-            assert right
-            assert all(verdicts)
+        if position % 3 == 0:
+            verdicts, _ = words.labels(problem, example.target, CANONICAL)
+            assert len(verdicts) == len(words.read_question(problem.question).operations)
             assert example.prompt == CANONICAL.solve_prompt(problem)
+            errors["imitated"] += verdicts.count(False)
         else:
             shown = example.prompt[example.prompt.index("<think>\n<step>") :]
             solution = shown[: shown.index("</answer>") + len("</answer>")]
             verdicts, right = words.labels(problem, solution, CANONICAL)
             read = parse_verification(example.target, len(verdicts))
             assert (read.verdicts, read.overall) == (verdicts, right)
-            errors += verdicts.count(False)
-    assert 0.7 * words.WRONG_STEP < errors / (200 * 3.5) < 1.3 * words.WRONG_STEP
+            errors["verified"] += verdicts.count(False)
+    assert 0.7 * words.WRONG_STEP < errors["imitated"] / (200 * 3.5) < 1.3 * words.WRONG_STEP
+    wrong = words.WRONG_STEP_VERIFIED
+    assert 0.8 * wrong < errors["verified"] / (400 * 3.5) < 1.2 * wrong

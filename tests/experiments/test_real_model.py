@@ -104,7 +104,7 @@ def answers_by_rule(model, options):
         if steps:
             return SampledText(word_problems.write_verification(chain, steps).text, (0,), True)
         rng = random.Random(f"{prompt}{seed}")
-        steps = word_problems.noisy_solution(chain, rng)
+        steps = word_problems.noisy_solution(chain, 0.25, rng)
         return SampledText(word_problems.write_solution(steps, steps[-1].value), (0,), True)
 
     return sample
