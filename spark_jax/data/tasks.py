@@ -52,7 +52,6 @@ class Task:
         labels: (problem, response text) -> (a label per step, is the answer right), None where it
             is not known. The ground truth, for evaluation only.
         has_references: whether problems have an answer.
-        has_step_labels: whether `labels` knows which steps are right.
         data_counts: (split) -> what was found in its data and what was skipped, as metrics; {} for
             a task that makes its problems.
         examples: (number, seed, text format) -> examples of its formats for a first fine-tuning;
@@ -64,7 +63,6 @@ class Task:
     text_format: TextFormat
     labels: Callable[[Problem, str], Labels]
     has_references: bool = True
-    has_step_labels: bool = True
     data_counts: Callable[[Split], dict[str, int]] = lambda split: {}
     examples: Callable[[int, int, TextFormat], list[Example]] | None = None
 
@@ -215,7 +213,6 @@ def _problem_set(name: str, options: TaskOptions) -> Task:
         text_format,
         answer_labels(text_format),
         has_references=bool(rows.answers) and options.references,
-        has_step_labels=False,
         data_counts=lambda which: split(which).counts(),
     )
 
@@ -232,7 +229,7 @@ def _reasoning_gym(dataset: str, options: TaskOptions) -> Task:
     def problems(num: int | None, seed: int, split: Split) -> list[Problem]:
         return gym.problems(source, num, seed, split)
 
-    return Task(name, problems, text_format, answer_labels(text_format), has_step_labels=False)
+    return Task(name, problems, text_format, answer_labels(text_format))
 
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {

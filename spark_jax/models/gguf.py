@@ -111,7 +111,7 @@ def tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def metadata(path: str | Path) -> dict[str, Any]:
     """Every metadata field of the file, by its GGUF name."""
-    return {name: field.contents() for name, field in _reader(Path(path)).fields.items()}
+    return dict(_fields(Path(path)))
 
 
 def _hf_name(path: str | Path, name: str) -> tuple[str, str]:
@@ -167,7 +167,12 @@ def _llama3_divisors(config: dict[str, Any], scaling: dict[str, Any]) -> np.ndar
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
-@functools.lru_cache(maxsize=2)  # reading the metadata of a large vocabulary takes seconds
+@functools.lru_cache(maxsize=2)  # the lists of a large vocabulary take seconds
+def _fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in _reader(path).fields.items()}
+
+
+@functools.lru_cache(maxsize=2)
 def _reader(path: Path) -> Any:
     try:
         import gguf

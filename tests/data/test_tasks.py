@@ -56,7 +56,6 @@ def test_a_named_task_is_made_without_reading_any_data(name, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, "/nowhere")
     task = load(name)
     assert task.name == name
-    assert not task.has_step_labels
     assert task.has_references == (name != "rubric")
 
 
@@ -92,7 +91,7 @@ def test_arithmetic_chains_are_as_they_were():
         tuple(step.correct for step in judged.steps),
         judged.correct,
     )
-    assert (task.has_references, task.has_step_labels) == (True, True)
+    assert task.has_references
     with pytest.raises(ValueError, match="say how many"):
         task.problems(None, 0, "train")
 
@@ -169,7 +168,7 @@ def test_labels_know_the_answer_and_no_step(sums):
 
 def test_without_references_nothing_is_known(sums):
     task = load("problems", dataclasses.replace(sums, references=False))
-    assert (task.has_references, task.has_step_labels) == (False, False)
+    assert not task.has_references
     problem = task.problems(1, 0, "train")[0]
     assert problem.answer is None
     assert task.labels(problem, response(6)) == (None, None)

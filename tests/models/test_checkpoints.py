@@ -160,6 +160,11 @@ def test_an_export_cut_short_is_no_checkpoint(saved, monkeypatch):
         checkpoints.load(saved)
 
 
+def test_weights_may_be_read_by_whom_the_config_may(saved):
+    modes = {(saved / name).stat().st_mode for name in (checkpoints.WEIGHTS, "config.json")}
+    assert len(modes) == 1
+
+
 def test_tokenizer_and_generation_config_come_along(tmp_path):
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models
