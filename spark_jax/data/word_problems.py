@@ -26,8 +26,8 @@ from spark_jax.verification.parse import format_verification
 
 OPERATIONS = (3, 4)  # per problem
 LARGEST = 40  # no value of a right solution is larger, or smaller than 2
-# Shares of wrong steps in the examples' solutions: in those to be imitated, so that a policy errs in
-# more than one way and its groups differ; in those to be verified, so that copying does not pay.
+# Shares of wrong steps in the examples' solutions: in those to be imitated, so that a policy errs
+# in more than one way and its groups differ; in those to be verified, so that copying does not pay.
 WRONG_STEP = 0.15
 WRONG_STEP_VERIFIED = 0.4
 # How those differ from the right value or operand: a slip, or a lost carry.
