@@ -8,7 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
+
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import named_shardings, replicated
 
 
 @flax.struct.dataclass
@@ -44,3 +49,42 @@ def step_key(state: TrainState) -> Array:
     """The key of the coming update: a function of the run's key and the step alone, so that a
     resumed run draws what the uninterrupted one would have drawn."""
     return jax.random.fold_in(state.key, state.step)
+
+
+def state_shardings(state_shape: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
+    """Where every array of a state lies on a mesh, as a state of `NamedSharding`s.
+
+    Parameters by their logical axes; what the optimiser keeps for each parameter in its shape lies
+    where the parameter does; all else, counters and keys, on every device.
+
+    Args:
+      state_shape: a state, or its shapes and dtypes (`jax.eval_shape`).
+
+    Raises:
+      ValueError: a parameter that the mesh does not divide, with the numbers.
+    """
+    params = state_shape.params
+    shardings = named_shardings(transformer.logical_axes(config), params, mesh)
+    structure: Any = jax.tree.structure(params)
+    everywhere = replicated(mesh)
+
+    def like_params(x: Any) -> bool:
+        return bool(structure == jax.tree.structure(x))
+
+    def place(node: Any) -> Any:
+        if not like_params(node):
+            return everywhere
+        return jax.tree.map(
+            lambda x, param, where: where if x.shape == param.shape else everywhere,
+            node,
+            params,
+            shardings,
+        )
+
+    return TrainState(
+        step=everywhere,
+        params=shardings,
+        opt_state=jax.tree.map(place, state_shape.opt_state, is_leaf=like_params),
+        skipped=everywhere,
+        key=everywhere,
+    )
