@@ -144,7 +144,9 @@ def get_config() -> ConfigDict:
                 group_baseline=placeholder(bool),
                 normalize_std=placeholder(bool),
                 outcome_weight=placeholder(float),
+                process_std=placeholder(float),
                 process_weight=placeholder(float),
+                return_clip=placeholder(float),
             ),
             reward_model="",  # folder of a reward model's checkpoint
             reference_model="",  # π_ref of process rewards and KL; "" is the initial policy

@@ -143,6 +143,8 @@ def spro(
     granularity: Literal["token", "step"] = "token",
     step_ids: Int[Array, "B T"] | None = None,
     num_steps: int | None = None,
+    return_clip: float | None = None,
+    process_std: float | None = None,
     eps: float = 1e-6,
 ) -> Float[Array, "B T"]:
     """SPRO's advantage: the outcome's, plus the masked step advantage (2507.01551; method page §4).
@@ -155,19 +157,33 @@ def spro(
     every token of the step. Needs `step_ids` (0..K−1, −1 outside any step) and `num_steps` = K.
     Our reading: tokens outside any step (tags, answer; ids ≥ K) keep the outcome's advantage alone.
 
+    Two options are ours, not SPRO's, against its collapse at large β · learning rate, where what
+    has drifted most is rewarded most. `return_clip` (reward) bounds R̃ to ± itself. `process_std`
+    (reward) rescales each group's MSA to that standard deviation over its tokens, or steps, so that
+    drift and β change which tokens are preferred, not by how much.
+
     Raises ValueError for an unknown baseline or granularity, and for missing step ids.
     """
     if baseline not in ("step", "pool"):
         raise ValueError(f'baseline must be "step" or "pool", got {baseline!r}')
     compare = masked_step if baseline == "step" else pooled_step
     returns = cumulative_process_reward(policy_logprobs, ref_logprobs, mask, beta=beta)
+    if return_clip is not None:
+        returns = jnp.clip(returns, -return_clip, return_clip)
+
+    def compared(returns: Array, present: Array) -> Array:
+        process = compare(returns, present, group_size)
+        if process_std is None:
+            return process
+        return process_std * _standardised(process, present, group_size, eps)
+
     if granularity == "token":
-        process = compare(returns, mask, group_size)
+        process = compared(returns, mask)
     elif granularity == "step":
         if step_ids is None or num_steps is None:
             raise ValueError('granularity="step" needs step_ids and num_steps; pass both')
         ends, exists = step_end_returns(returns, step_ids, mask, num_steps=num_steps)
-        process = _given_to_tokens(compare(ends, exists, group_size), step_ids)
+        process = _given_to_tokens(compared(ends, exists), step_ids)
     else:
         raise ValueError(f'granularity must be "token" or "step", got {granularity!r}')
     outcome = outcome_weight * grpo(rewards, group_size, eps=eps)
@@ -338,6 +354,15 @@ def _std(
     squares = centred**2 if weights is None else centred**2 * weights
     variance = jnp.sum(squares, axis=axes, keepdims=True) / jnp.maximum(count - 1, 1)
     return jnp.sqrt(variance)
+
+
+def _standardised(
+    values: Float[Array, "B T"], present: Shaped[Array, "B T"], group_size: int, eps: float
+) -> Float[Array, "B T"]:
+    """Over their standard deviation among all that is present in the group; not centred."""
+    groups, there = _in_groups(values, group_size), _in_groups(present, group_size).astype(bool)
+    std = _std(*_centred(groups, there, axes=(1, 2)), axes=(1, 2))
+    return (groups / (std + eps)).reshape(values.shape)
 
 
 def _all_equal(groups: Float[Array, "P G"]) -> Bool[Array, "P"]:

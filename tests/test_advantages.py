@@ -247,6 +247,45 @@ def test_spro_and_its_variants_are_the_loops(batch):
 
 
 @pytest.mark.parametrize("batch", batches(), ids=range(9))
+def test_bounded_returns_and_a_fixed_spread_are_the_loops(batch):
+    inputs, bound = batch.inputs(), 0.3
+    clipped = loop_masked_step(batch, np.clip(loop_returns(batch, 0.4), -bound, bound))
+    options = {"beta": 0.4, "num_steps": K}
+    check(ADVANTAGES["masked_step"](inputs, return_clip=bound, **options), clipped)
+
+    returns = loop_returns(batch, 0.4)
+    for granularity in ("token", "step"):
+        plain = np.array(ADVANTAGES["masked_step"](inputs, granularity=granularity, **options))
+        scaled = ADVANTAGES["masked_step"](
+            inputs, granularity=granularity, process_std=0.1, **options
+        )
+        for first in range(0, batch.batch, batch.group_size):
+            group = range(first, first + batch.group_size)
+            # A value a token, or one a step that has tokens, not one for each of its tokens.
+            seen = {
+                (b, t if granularity == "token" else int(batch.step_ids[b, t])): plain[b, t]
+                for b in group
+                for t in batch.valid(b)
+                if granularity == "token" or 0 <= batch.step_ids[b, t] < K
+            }
+            values = list(seen.values())
+            differ = len(set(values)) > 1
+            spread = np.std(values, ddof=1) if differ else 0.0
+            check(scaled[jnp.array(group)], plain[group] * 0.1 / (spread + EPS))
+    if batch.group_size > 1:
+        assert np.abs(clipped - loop_masked_step(batch, returns)).max() > 0
+
+
+def test_a_fixed_spread_does_not_hang_on_beta():
+    inputs = Batch(1, 3, 4).inputs()
+    small, large = (
+        ADVANTAGES["masked_step"](inputs, beta=beta, process_std=0.1) for beta in (0.1, 10.0)
+    )
+    np.testing.assert_allclose(small, large, rtol=1e-3, atol=1e-5)
+    assert float(jnp.abs(large).max()) > 0.05
+
+
+@pytest.mark.parametrize("batch", batches(), ids=range(9))
 def test_prime_is_the_loop(batch):
     check(ADVANTAGES["prime"](batch.inputs(), beta=0.4), loop_prime(batch, 0.4))
 
