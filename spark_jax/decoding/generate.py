@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,46 @@ def generate(
         vocabulary (with its index), more positions than the model has, settings out of range,
         limits that are not positive.
     """
+    work = prepare(
+        config,
+        prompts,
+        sampling=sampling,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        max_prompt_length=max_prompt_length,
+        slots=slots,
+        slots_per_lane=slots_per_lane,
+        min_shared_prefix=min_shared_prefix,
+    )
+    out = decoder.decode(params, work.requests, key, config=config, shape=work.shape)
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    left_padded = _left_padded(prompts, max_prompt_length or ladder(int(lengths.max())))
+    return _rollout(out, left_padded, lengths, work.limit, work.shape, work.prefix)
+
+
+class Work(NamedTuple):
+    """What `generate` hands to `decoder.decode`, and what it needs to cut the padding off."""
+
+    requests: decoder.Requests  # NumPy arrays
+    shape: decoder.Shape
+    limit: int  # most response tokens of any prompt
+    prefix: int  # tokens of the shared template
+
+
+def prepare(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    samples_per_prompt: int = 1,
+    max_new_tokens: int | Sequence[int],
+    max_prompt_length: int | None = None,
+    slots: int | None = None,
+    slots_per_lane: int | None = None,
+    min_shared_prefix: int = MIN_SHARED_PREFIX,
+) -> Work:
+    """The checks and static shapes of `generate`, whose arguments these are: all but the decoding,
+    so that its program can also be compiled ahead of time."""
     limits = _limits(max_new_tokens, len(prompts))
     lengths = _check_prompts(prompts, config.vocab_size, max_prompt_length)
     _check_positions(lengths, limits, config.max_positions)
@@ -93,9 +133,7 @@ def generate(
         count=np.int32(len(prompts)),
         template=np.asarray(prompts[0][:prefix], np.int32) if prefix else None,
     )
-    out = decoder.decode(params, requests, key, config=config, shape=shape)
-    left_padded = _left_padded(prompts, max_prompt_length or ladder(int(lengths.max())))
-    return _rollout(out, left_padded, lengths, int(limits.max()), shape, prefix)
+    return Work(requests, shape, int(limits.max()), prefix)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PREFIX) -> int:
