@@ -1,4 +1,8 @@
-"""Checkpoints that restore bit for bit: a thin layer over orbax's CheckpointManager."""
+"""Checkpoints that restore bit for bit, onto any mesh: a thin layer over orbax's CheckpointManager.
+
+Several processes write one checkpoint together, each what its own devices hold, and agree on the
+step they restore. They need a folder that all of them see.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from spark_jax.parallel import processes
 
 # What orbax raises on a file that is missing, cut short or altered. Not RuntimeError: a device that
 # is out of memory says nothing about the checkpoint.
@@ -25,27 +31,39 @@ class Checkpoints:
     """The checkpoints of one run: `<directory>/<step>/`, each written whole or not at all.
 
     A step holds the train state and `extra`, a dict of JSON values for what is not an array: the
-    data position, counts of rows written. Use as a context manager, or call `close`.
+    data position, counts of rows written. Use as a context manager, or call `close`. Where there
+    are several processes, all of them make every call, with the same arguments.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = 3) -> None:
-        """Opens or creates `directory`; the newest `keep` checkpoints are kept (None: all)."""
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = 3,
+        keep_every: int | None = None,
+    ) -> None:
+        """Opens or creates `directory`. The newest `keep` checkpoints are kept (None: all), and
+        every one whose step is a multiple of `keep_every`."""
         import orbax.checkpoint as ocp
 
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
-        )
+        processes.on_main(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+        # Orbax's barriers would be collectives on the devices; with the processes named they are
+        # messages, which a save on another thread than the programs' (`preemption`) can wait for.
+        several = jax.process_count() > 1
+        everyone = set(range(jax.process_count())) if several else None
+        together = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "extra": ocp.JsonCheckpointHandler(),
-            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every,
+                create=False,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                multiprocessing_options=together,
+            ),
+            item_handlers=_handlers(together),
         )
 
     def steps(self) -> list[int]:
@@ -53,7 +71,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
-        """Writes a checkpoint and returns when it is on disk.
+        """Begins to write a checkpoint and returns when the state may be donated or changed; `wait`
+        and the next call wait until it is on disk, and raise what kept it from getting there.
 
         Raises:
           ValueError: `step` is not after the newest checkpoint, or `extra` does not survive JSON.
@@ -74,31 +93,38 @@ class Checkpoints:
             force=True,
         )
 
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk."""
+        self._manager.wait_until_finished()
+
     def restore_latest(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest readable checkpoint as (state, extra), or None where there is none yet.
 
         `template` is a state, or its `jax.eval_shape`, with the structure, shapes, dtypes and,
-        where it has them, shardings to restore to. A checkpoint that cannot be read is named in a
-        warning, set aside as `<step>.torn`, and the one before it is used.
+        where it has them, shardings to restore to; the checkpoint may have been written from other
+        shardings, devices and processes. A checkpoint that cannot be read, by any process, is named
+        in a warning, set aside as `<step>.torn`, and the one before it is used.
 
         Raises:
           TemplateMismatch: the checkpoint is of another model or optimiser; nothing is set aside.
           ValueError: checkpoints are there and none can be read.
         """
-        torn: dict[int, Exception] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = self._restore(step, template)
-            except TemplateMismatch:
-                raise
-            except _UNREADABLE as error:
-                torn[step] = error
+        self.wait()
+        torn: dict[int, str] = {}
+        for step in reversed(processes.exchange(self.steps())[0]):
+            restored, problem = self._try_to_restore(step, template)
+            problems = [found for found in processes.exchange(problem) if found is not None]
+            for found in problems:
+                if isinstance(found, TemplateMismatch):
+                    raise found
+            if problems:
+                torn[step] = str(problems[0])
                 continue
             for torn_step, reason in torn.items():
                 self._set_aside(torn_step, reason, used=step)
             return restored
         if torn:
-            reasons = "; ".join(f"step {step}: {_first_line(e)}" for step, e in torn.items())
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in torn.items())
             raise ValueError(
                 f"no checkpoint in {self.directory} can be read ({reasons}); "
                 "start in another folder, or delete them to start over"
@@ -114,25 +140,40 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _try_to_restore(self, step: int, template: Any) -> tuple[Any, ValueError | None]:
+        """The checkpoint, or why this process cannot read it."""
+        try:
+            return self._restore(step, template), None
+        except TemplateMismatch as error:
+            return None, error
+        except _UNREADABLE as error:
+            return None, ValueError(_first_line(error))
+
     def _restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        """What this process's devices are to hold, read on its own: where one process cannot read,
+        the others are not kept waiting."""
         import orbax.checkpoint as ocp
 
-        metadata = self._manager.item_metadata(step)["state"]
-        if metadata is None:
-            raise FileNotFoundError("the state's metadata is missing")
-        saved = _signature(metadata.tree)
-        wanted = _signature(template)
-        if saved != wanted:
-            raise TemplateMismatch(
-                f"checkpoint {self.directory / str(step)} does not fit: "
-                + _difference(saved, wanted)
-            )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), extra=ocp.args.JsonRestore()
-            ),
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            **_handlers(alone),
         )
+        folder = self.directory / str(step)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            metadata = reader.metadata(folder).item_metadata["state"]
+            if metadata is None:
+                raise FileNotFoundError("the state's metadata is missing")
+            saved, wanted = _signature(metadata.tree), _signature(template)
+            if saved != wanted:
+                raise TemplateMismatch(
+                    f"checkpoint {folder} does not fit: {_difference(saved, wanted)}"
+                )
+            parts = ocp.args.Composite(
+                state=ocp.args.StandardRestore(template), extra=ocp.args.JsonRestore()
+            )
+            restored = reader.restore(folder, args=parts)
         for (path, leaf), like in zip(
             jax.tree_util.tree_leaves_with_path(restored["state"]), jax.tree.leaves(template)
         ):
@@ -140,20 +181,34 @@ class Checkpoints:
                 raise ValueError(f"{_name(path)} came back as {leaf.dtype}, not {like.dtype}")
         return restored["state"], restored["extra"]
 
-    def _set_aside(self, step: int, error: Exception, *, used: int) -> None:
+    def _set_aside(self, step: int, reason: str, *, used: int) -> None:
         source = self.directory / str(step)
-        target = self.directory / f"{step}.torn"
-        count = 1
-        while target.exists():
-            count += 1
-            target = self.directory / f"{step}.torn{count}"
-        source.rename(target)
+
+        def move() -> str:
+            place, count = self.directory / f"{step}.torn", 1
+            while place.exists():
+                count += 1
+                place = self.directory / f"{step}.torn{count}"
+            source.rename(place)
+            return place.name
+
+        name = processes.on_main(move)
         self._manager.reload()
-        warnings.warn(
-            f"checkpoint {source} cannot be read ({_first_line(error)}); moved to {target.name}, "
-            f"going on from step {used}",
-            stacklevel=3,
-        )
+        if processes.is_main():
+            warnings.warn(
+                f"checkpoint {source} cannot be read ({reason}); moved to {name}, "
+                f"going on from step {used}",
+                stacklevel=3,
+            )
+
+
+def _handlers(options: Any) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    return {
+        "state": ocp.StandardCheckpointHandler(multiprocessing_options=options),
+        "extra": ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    }
 
 
 def _signature(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

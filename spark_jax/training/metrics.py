@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from spark_jax.parallel import processes
+
 _RESERVED = ("step", "wall_time", "cpu_time", "non_finite")
 
 
@@ -23,18 +25,21 @@ class MetricsWriter:
     A row is one JSON object: `step`; `wall_time` and `cpu_time`, seconds spent in this run, summed
     over resumptions; and one float a metric. JSON has no NaN or infinity: such a value is written
     as null and named in the row's `non_finite`; `read_metrics` puts it back. Several rows may share
-    a step. Use as a context manager, or call `close`.
+    a step. Use as a context manager, or call `close`. Of several processes only the first writes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool = True) -> None:
         """Opens or creates `directory`; a last line torn by a crash is dropped with a warning."""
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / "metrics.jsonl"
-        self._with_tensorboard = tensorboard
+        self._writes = processes.is_main()
+        self._with_tensorboard = tensorboard and self._writes
         self._events: Any = None
         self._file: Any = None
         self._purge_step: int | None = None
+        if not self._writes:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._reopen(_complete_lines(self.path) if self.path.exists() else [])
 
     def truncate_after(self, step: int) -> int:
@@ -45,6 +50,8 @@ class MetricsWriter:
         """
         if self._events is not None:
             raise ValueError("truncate_after must come before the first TensorBoard event")
+        if not self._writes:
+            return 0
         lines = _complete_lines(self.path)
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         self._purge_step = step + 1
@@ -58,6 +65,8 @@ class MetricsWriter:
           ValueError: a value is not a scalar, or a metric is named like a column of our own.
         """
         values = {name: _scalar(name, v) for name, v in jax.device_get(dict(metrics)).items()}
+        if not self._writes:
+            return
         non_finite = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
         row: dict[str, Any] = {
             "step": int(step),
@@ -86,7 +95,8 @@ class MetricsWriter:
             self._tensorboard().add_text(name, text, int(step))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from spark_jax.parallel import processes
 
 SUBFOLDERS = ("checkpoints", "samples", "plots")
 
@@ -30,7 +33,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Any) -> RunFolder:
-        """Creates the folder, or opens it to go on with the same run.
+        """Creates the folder, or opens it to go on with the same run. Of several processes the
+        first does, and the others, which must see the same folder, wait for it.
 
         `config` is a dict or ConfigDict of JSON values (tuples become lists); it is written,
         resolved, to `config.json`. `versions.json` names the Python, libraries, platform and device
@@ -42,19 +46,26 @@ class RunFolder:
             named), or results without a configuration.
           ValueError: `config` holds what is not JSON.
         """
-        path = Path(path)
-        resolved = _json_value(config, "config")
-        path.mkdir(parents=True, exist_ok=True)
-        resumed = (path / "config.json").exists()
-        if resumed:
-            _refuse_other_config(path / "config.json", resolved)
-        else:
-            _refuse_orphaned_results(path)
-            _write_json(path / "config.json", resolved)
-        for name in SUBFOLDERS:
-            (path / name).mkdir(exist_ok=True)
-        _record_versions(path / "versions.json")
+        path, resolved = Path(path), _json_value(config, "config")
+        resumed = processes.on_main(lambda: _make_or_check(path, resolved))
         return cls(path=path, config=resolved, resumed=resumed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint notes of the run that wrote it: a digest of its configuration, and the
+        versions."""
+        text = json.dumps(self.config, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return {"config": digest, "versions": versions()}
+
+    def check_identity(self, extra: Mapping[str, Any]) -> None:
+        """OtherRun for the `extra` of a checkpoint that a run of another configuration wrote, such
+        as one that was copied here."""
+        if extra.get("config", self.identity["config"]) != self.identity["config"]:
+            raise OtherRun(
+                f"the newest checkpoint in {self.checkpoints} was written by a run of another "
+                "configuration; remove it, or use another folder"
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -71,7 +82,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """What a finished run left, or None for a run that has not finished."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return processes.on_main(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, whole or not at all.
@@ -79,14 +90,19 @@ class RunFolder:
         NumPy and JAX scalars are written as numbers, NaN and infinities, which JSON lacks, as
         strings.
         """
-        _write_json(self.path / "summary.json", _json_value(_plain_scalars(summary), "summary"))
+        value = _json_value(_plain_scalars(summary), "summary")
+        if processes.is_main():
+            _write_json(self.path / "summary.json", value)
 
 
 def versions() -> dict[str, str]:
     """What a run's bits depend on besides its configuration. Starts the JAX backend."""
     import jax
 
-    device = jax.devices()[0]
+    device, mesh = jax.devices()[0], jax.sharding.get_mesh()
+    spread = {"process_count": str(jax.process_count())} if jax.process_count() > 1 else {}
+    if not mesh.empty:
+        spread["mesh"] = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return {
         "spark_jax": importlib.metadata.version("spark-jax"),
         "python": platform.python_version(),
@@ -95,7 +111,23 @@ def versions() -> dict[str, str]:
         "backend": device.platform,
         "device_kind": device.device_kind,
         "device_count": str(jax.device_count()),
+        **spread,
     }
+
+
+def _make_or_check(path: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder held this run already."""
+    path.mkdir(parents=True, exist_ok=True)
+    resumed = (path / "config.json").exists()
+    if resumed:
+        _refuse_other_config(path / "config.json", config)
+    else:
+        _refuse_orphaned_results(path)
+        _write_json(path / "config.json", config)
+    for name in SUBFOLDERS:
+        (path / name).mkdir(exist_ok=True)
+    _record_versions(path / "versions.json")
+    return resumed
 
 
 def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import functools
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,51 @@ def test_only_the_newest_are_kept_and_an_empty_folder_has_none(tmp_path):
         assert checkpoints.restore_latest(state)[1] == {"step": 9}
         with pytest.raises(ValueError, match=r"cannot save step 9 .* step 9 is there already"):
             checkpoints.save(9, state)
+
+
+def test_every_nth_is_kept_beside_the_newest(tmp_path):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, state)
+        assert checkpoints.steps() == [4, 8, 10]
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    """The write goes on behind the updates, which take over the state's memory."""
+    state, step = fresh_run()
+    state = jax.tree.map(jnp.copy, state)  # other tests have the same parameters
+    step = jax.jit(step, donate_argnums=0)
+    wanted = []
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        for i in range(6):
+            wanted.append(jax.tree.map(jnp.copy, state))
+            checkpoints.save(i, state)
+            state, _ = step(state, batch_for(state))
+    for i in reversed(range(6)):
+        with Checkpoints(tmp_path, keep=None) as checkpoints:
+            assert_same_bits(checkpoints.restore_latest(wanted[i])[0], wanted[i])
+        shutil.rmtree(tmp_path / str(i))
+
+
+def test_a_write_that_fails_is_raised_and_the_one_before_stands(tmp_path, monkeypatch):
+    state, _ = fresh_run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr("os.rename", full)
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012: either may raise it
+        checkpoints.save(2, state)
+        checkpoints.wait()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path) as again:
+        assert again.steps() == [1]
+        assert_same_bits(again.restore_latest(state)[0], state)
 
 
 def files_that_matter(folder):

@@ -1,0 +1,209 @@
+"""Several processes that run one program: start-up, who writes, and values they exchange.
+
+Every process runs the same host loop with the same numbers; a mesh spans the devices of all. What
+is written (logs, text, metrics, plots) is written by process 0. With one process every function
+here is the trivial one, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import logging
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+COORDINATOR = "SPARK_JAX_COORDINATOR"
+NUM_PROCESSES = "SPARK_JAX_NUM_PROCESSES"
+PROCESS_ID = "SPARK_JAX_PROCESS_ID"
+
+HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as dead
+SHUTDOWN_TIMEOUT = 15  # seconds that a process which ends waits for the others; see `finish`
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def start() -> None:
+    """Joins this process to the others of its run, if there are others; a second call does nothing.
+
+    To be called before anything starts a JAX backend. Looks, in this order, at
+
+    - `SPARK_JAX_COORDINATOR` (host:port of process 0), `SPARK_JAX_NUM_PROCESSES` and
+      `SPARK_JAX_PROCESS_ID`: explicit addresses, anywhere;
+    - SLURM: a step of several tasks (`srun`);
+    - TPU: the chips of this machine are there, alone or as part of a slice. With
+      `SPARK_JAX_NUM_PROCESSES=1` a process goes alone wherever it is.
+
+    A process whose heartbeat is missed for `HEARTBEAT_TIMEOUT` seconds is dead: the others end with
+    a message and a non-zero status, whatever they were waiting for.
+
+    Raises:
+      ValueError: an incomplete or impossible set of addresses, with the variable.
+    """
+    if jax.distributed.is_initialized():
+        return
+    how = arguments(os.environ)
+    if how is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by the CPU backend alone
+    jax.distributed.initialize(
+        **how,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+    )
+    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told; {} lets it ask SLURM or the TPU's metadata,
+    None means that this process is alone. ValueError as `start`."""
+    given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if environment.get(name)]
+    if given == [NUM_PROCESSES] and environment[NUM_PROCESSES] == "1":
+        return None
+    if given:
+        return _explicit(environment)
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return {}
+    wanted = environment.get("JAX_PLATFORMS", "tpu")
+    return {} if "tpu" in wanted.split(",") and _has_tpu() else None
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which writes."""
+    return jax.process_index() == 0
+
+
+def exchange(value: T) -> list[T]:
+    """Every process's value, by process, on every process. Values are pickled: small ones, and none
+    that hold device arrays. All processes call it; so it is a barrier too."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_main(make: Callable[[], T]) -> T:
+    """What `make` gives on process 0, on every process; what it raises is raised on all."""
+    result: Any = on_own(lambda: make() if is_main() else None)[0]
+    return result
+
+
+def on_own(make: Callable[[], T]) -> list[T]:
+    """What `make` gives on every process, on every process; what any raises is raised on all."""
+    if jax.process_count() == 1:
+        return [make()]
+    made: _Returned | _Raised
+    try:
+        made = _Returned(make())
+    except Exception as error:  # the others must not wait for what will not come
+        made = _Raised(error)
+    everyone = exchange(made)
+    for one in everyone:
+        if isinstance(one, _Raised):
+            raise one.error
+    return [one.result for one in everyone if isinstance(one, _Returned)]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return any(exchange(flag))
+
+
+def share(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
+    """`work(rows)`, a result a row, each process doing an equal run of the rows."""
+    count, index = jax.process_count(), jax.process_index()
+    bounds = [i * len(rows) // count for i in range(count + 1)]
+    own = on_own(lambda: list(work(rows[bounds[index] : bounds[index + 1]])))
+    return [result for part in own for result in part]
+
+
+def lead(work: Callable[..., T], *calls: Callable[..., Any]) -> T:
+    """`work(*calls)` on process 0; the others only take part in the calls it makes.
+
+    For work on text, whose files and whose answers from graders one process should see, around
+    functions that all processes must run together, such as sampling. The result is on every
+    process. Arguments of the calls are pickled; with one process, this is `work(*calls)`.
+    """
+    if jax.process_count() == 1:
+        return work(*calls)
+    if not is_main():
+        return _follow(calls)
+
+    def announced(index: int, *args: Any, **options: Any) -> Any:
+        exchange(_Call(index, args, options))
+        return calls[index](*args, **options)
+
+    try:
+        result = work(*(functools.partial(announced, i) for i in range(len(calls))))
+    except Exception as error:
+        exchange(_Raised(error))
+        raise
+    exchange(_Returned(result))
+    return result
+
+
+def finish() -> None:
+    """Waits for the others, however long they take, so that none is missed at the shutdown."""
+    exchange(None)
+
+
+class _Call(NamedTuple):
+    number: int
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Returned(NamedTuple):
+    result: Any
+
+
+class _Raised(NamedTuple):
+    error: Exception
+
+
+def _follow(calls: Sequence[Callable[..., Any]]) -> Any:
+    while True:
+        said: Any = exchange(None)[0]
+        if isinstance(said, _Call):
+            calls[said.number](*said.args, **said.options)
+        elif isinstance(said, _Raised):
+            raise said.error
+        else:
+            return said.result
+
+
+def _explicit(environment: Mapping[str, str]) -> dict[str, Any]:
+    missing = [n for n in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if not environment.get(n)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not set; several processes need all three")
+    try:
+        count, index = int(environment[NUM_PROCESSES]), int(environment[PROCESS_ID])
+    except ValueError as error:
+        raise ValueError(f"{NUM_PROCESSES}, {PROCESS_ID}: {error}") from error
+    if not 0 <= index < count:
+        raise ValueError(
+            f"{PROCESS_ID}={index} is not among the {count} processes 0 to {count - 1} that "
+            f"{NUM_PROCESSES} says there are"
+        )
+    address = environment[COORDINATOR]
+    if not address.rpartition(":")[2].isdigit() or ":" not in address:
+        raise ValueError(f"{COORDINATOR}={address!r}; give host:port, where process 0 listens")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _has_tpu() -> bool:
+    """Whether the kernel shows chips, as on every TPU machine; nothing is started to find out."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
