@@ -95,7 +95,7 @@ def fine_tune(
     order = batch_order(len(batches.tokens), section.batch_size, seed)
     train = state.create(loaded.params, make_optimizer(section), jax.random.key(seed))
     update = compiled_step(
-        loaded.config, json.dumps(_optimizer_settings(section)), section.accumulation_steps
+        loaded.config, json.dumps(optimizer_settings(section)), section.accumulation_steps
     )
     with Checkpoints(folder.checkpoints, keep=1) as saved, MetricsWriter(folder.path) as metrics:
         restored = saved.restore_latest(train)
@@ -115,7 +115,7 @@ def fine_tune(
 
 
 def make_optimizer(section: Config) -> Any:
-    return optimizer.make(_optimizer_settings(section))
+    return optimizer.make(optimizer_settings(section))
 
 
 @functools.lru_cache(maxsize=8)
@@ -130,7 +130,7 @@ def compiled_step(model_config: Any, optimizer_settings: str, accumulation_steps
     return jax.jit(step, donate_argnums=0)
 
 
-def _optimizer_settings(section: Config) -> dict[str, Any]:
+def optimizer_settings(section: Config) -> dict[str, Any]:
     return {**section.optimizer.to_dict(), "total_steps": section.steps}
 
 

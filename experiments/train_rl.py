@@ -94,10 +94,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     problems, too_long = without_too_long(config, task, loaded, problems)
     order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
 
-    update = compiled_step(model_config, json.dumps(_update_settings(config)))
+    update = compiled_step(model_config, json.dumps(update_settings(config)))
     if reference is initial:  # the updates take over the memory of what they start from
         initial = jax.tree.map(jnp.copy, initial)
-    train = state.create(initial, _optimizer(config), _key(config))
+    train = state.create(initial, make_optimizer(config), _key(config))
 
     with (
         Checkpoints(folder.checkpoints, keep=config.rl.keep_checkpoints) as saved,
@@ -515,7 +515,7 @@ def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
     return dynamic_sampling_mask(rewards, config.rl.group_size, low=low, high=high)
 
 
-def _update_settings(config: Config) -> dict[str, Any]:
+def update_settings(config: Config) -> dict[str, Any]:
     """What the compiled update depends on, as JSON values."""
     updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     return {
@@ -528,8 +528,8 @@ def _update_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _optimizer(config: Config) -> Any:
-    return optimizer.make(_update_settings(config)["optimizer"])
+def make_optimizer(config: Config) -> Any:
+    return optimizer.make(update_settings(config)["optimizer"])
 
 
 def _key(config: Config) -> jax.Array:
