@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: setup demo test test-slow test-latest smollm2 lint types bench clean
+.PHONY: setup demo demo-full test test-slow test-latest smollm2 lint types bench clean
 
 setup: $(TESTED)
 
@@ -36,6 +36,9 @@ smollm2: $(SMOLLM2)
 
 demo: $(STAMP)
 	$(BIN)/python -m spark_jax.experiments.pipeline --config=configs/demo.py $(DEMO_ARGS)
+
+demo-full: $(STAMP)
+	$(BIN)/python -m spark_jax.experiments.study --config=configs/demo_full.py $(DEMO_ARGS)
 
 test: lint types $(TESTED)
 	$(BIN)/python -m pytest -m 'not slow'

@@ -47,7 +47,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
         config, path = quick_version(config), path.with_name(f"{path.name}-quick")
     folder = RunFolder.open(path, config)
     console = Console()
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         if config.pretrain:
             config = make_base(config, path / BASE, progress)
         if config.pipeline.sft:
@@ -239,11 +239,8 @@ class Jobs:
                 raise
 
 
-def _reward_model(config: Config, path: Path, seed: int) -> str:
-    return str(path / prm(seed, config.prm.method) / "model")
-
-
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """Bars with a share, the time gone and the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -254,6 +251,10 @@ def _progress(console: Console) -> Progress:
         console=console,
         refresh_per_second=2,
     )
+
+
+def _reward_model(config: Config, path: Path, seed: int) -> str:
+    return str(path / prm(seed, config.prm.method) / "model")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,28 @@ import dataclasses
 import json
 
 from spark_jax.data.arithmetic_chains import world
+from spark_jax.verification.aggregate import AGGREGATIONS
+
+# The demo a thousand times smaller.
+TINY = {
+    "generate.num_problems": 4,
+    "generate.samples_per_problem": 2,
+    "generate.chunk_size": 2,
+    "verify.methods": tuple(AGGREGATIONS),
+    "verify.samples_per_solution": 3,
+    "verify.report_sample_counts": (1, 3),
+    "verify.chunk_size": 2,
+    "prm.steps": 2,
+    "prm.batch_size": 4,
+    "rl.steps": 2,
+    "rl.num_problems": 8,
+    "rl.prompts_per_step": 2,
+    "rl.group_size": 4,
+    "evaluate.num_problems": 4,
+    "evaluate.samples_per_problem": 2,
+    "evaluate.num_solutions": 4,
+    "pipeline.seeds": (0, 1),
+}
 
 
 class Stop(Exception):

@@ -72,6 +72,34 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     ]
 
 
+def draw_study(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The plots of a full study's record (`full_study.collect`): stages I and II, and a picture for
+    each part of stage III: accuracy at the end, and by step and by generated token for the arms
+    that have most seeds."""
+    early: list[Panel] = []
+    if found["stage1"]:
+        early.append(
+            partial(_stage1, methods=found["stage1"], metric="step_accuracy", label=STEP_ACCURACY)
+        )
+    if found["verifier"]:
+        early.append(partial(_threshold, rows=found["verifier"]))
+    if found["problems"]:
+        early.append(partial(_by_problems, problems=found["problems"]))
+    made = [_save(early, len(early), folder / "stages.png")] if early else []
+    for part, arms in found["rl"].items():
+        most = max(scores["after"]["num_seeds"] for scores in arms.values())
+        lines = {arm: s for arm, s in arms.items() if s["after"]["num_seeds"] == most}
+        panels: list[Panel] = [
+            partial(_stage3, arms=arms),
+            partial(_by_step, arms=lines, metric="eval/accuracy", label="accuracy, held-out"),
+            partial(_by_token, arms=lines),
+        ]
+        legend = f"{most} seeds", list(lines)
+        size = (max(5.0, 0.28 * len(arms)), 4.6)
+        made.append(_save(panels, 3, folder / f"{part}.png", size=size, legend=legend))
+    return made
+
+
 def stage1_summary(
     summary: Mapping[str, Any], folder: Path, *, num_samples: int | None = None
 ) -> Path:
@@ -211,6 +239,65 @@ def _by_step(axes: Any, arms: Mapping[str, Any], metric: str, label: str) -> Non
     axes.set(title=f"RL: {label}", ylabel=label)
     if not axes.lines:
         _nothing(axes, "no runs")
+
+
+def _by_token(axes: Any, arms: Mapping[str, Any]) -> None:
+    """Held-out accuracy by the response tokens a run has generated per rollout row, in thousands:
+    a policy of shorter responses gets further for the same."""
+    for i, scores in enumerate(arms.values()):
+        curves = scores["curves"]
+        if not {"eval/accuracy", "response/length"} <= curves.keys():
+            continue
+        lengths = _means(curves["response/length"])
+        steps = np.array(curves["response/length"]["step"])
+        accuracy = _means(curves["eval/accuracy"])
+        tokens = [
+            np.nansum(lengths[steps <= step]) / 1000 for step in curves["eval/accuracy"]["step"]
+        ]
+        axes.plot(tokens, accuracy, **_style(i))
+    axes.set(
+        title="RL: accuracy by tokens",
+        xlabel="thousand response tokens per row",
+        ylabel="accuracy, held-out",
+    )
+    if not axes.lines:
+        _nothing(axes, "no runs")
+
+
+def _means(curve: Mapping[str, Any]) -> np.ndarray:
+    """Over seeds, step by step; nan where no seed has a value."""
+    estimates = [over_seeds(column)["estimate"] for column in zip(*curve["values"], strict=True)]
+    return np.array(estimates, float)
+
+
+def _threshold(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What a vote adds to step accuracy, by how many wrong steps one verification detects."""
+    rows = sorted(rows, key=lambda row: row["detection"]["estimate"] or 0.0)
+    x = [row["detection"]["estimate"] for row in rows]
+    estimates, low, high = _bounds([row["gain"] for row in rows])
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
+    axes.plot(x, estimates, **_style(0))
+    axes.vlines(x, low, high, color=_style(0)["color"], alpha=0.6)
+    for where, y, row in zip(x, estimates, rows):
+        axes.annotate(f"T={row['temperature']:g}", (where, y), fontsize=7, xytext=(4, 4),
+                      textcoords="offset points")  # fmt: skip
+    axes.set(
+        title="Stage I: what a vote adds",
+        xlabel="wrong steps that one verification detects",
+        ylabel="step accuracy, vote - one",
+    )
+
+
+def _by_problems(axes: Any, problems: Mapping[str, Any]) -> None:
+    """F1 of reward models by the number of problems that stage I had."""
+    estimates, low, high = _bounds([scores["f1"] for scores in problems.values()])
+    x = [int(number) for number in problems]
+    axes.plot(x, estimates, **_style(0))
+    axes.vlines(x, low, high, color=_style(0)["color"], alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(x, list(problems))
+    axes.set(title="Stage II: F1 by problems", xlabel="problems", ylabel="F1, first wrong step")
 
 
 def _run_panel(axes: Any, title: str, series: Mapping[str, Sequence[tuple[int, Any]]]) -> None:

@@ -32,6 +32,10 @@ CURVES = (
     "reward/zero_variance_groups",
     "policy/logprob_gap_max",
     "spro/msa_mean_absolute",
+    "spro/process_reward_auc_truth",
+    "spro/process_reward_auc_verdicts",
+    "hacking/steps_per_response",
+    "hacking/appended_after_answer",
 )
 
 
@@ -71,7 +75,7 @@ def collect(
         "stage1": stage1_scores(stage1, stage1_config["verify"]["samples_per_solution"]),
         "verifier": _verifier(stage1),
         "stage2": {method: _stage2(summaries) for method, summaries in stage2.items()},
-        "stage3": {arm: _stage3(_curves(runs[arm]), len(seeds)) for arm in _judged_first(runs)},
+        "stage3": {arm: arm_scores(runs[arm]) for arm in _judged_first(runs)},
     }
     results["differences"] = _differences(results)
     return results
@@ -133,6 +137,22 @@ def stage2_metric(stage2: Mapping[str, Mapping[str, Any]]) -> str:
     return "f1" if every else "overall_accuracy"
 
 
+def arm_scores(folders: Sequence[Path]) -> dict[str, Any]:
+    """Accuracy before and after, their difference, and curves, of RL runs that differ in the seed.
+
+    Without references no run has an accuracy: what is made of it is then missing.
+    """
+    curves = _curves(folders)
+    accuracy = curves.get("eval/accuracy", {"values": [[None]] * len(folders)})["values"]
+    before, after = [one[0] for one in accuracy], [one[-1] for one in accuracy]
+    return {
+        "before": over_seeds(before),
+        "after": over_seeds(after),
+        "gain": over_seeds(_paired(after, before)),
+        "curves": curves,
+    }
+
+
 def _verifier(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How often single samples, made without a reference, see an error."""
     reports: list[Mapping[str, Any]] = [
@@ -178,18 +198,6 @@ def _curves(folders: Sequence[Path]) -> dict[str, Any]:
                 "values": [[one.get(step) for step in steps] for one in series],
             }
     return curves
-
-
-def _stage3(curves: dict[str, Any], num_seeds: int) -> dict[str, Any]:
-    """Without references no run has an accuracy: what is made of it is then missing."""
-    accuracy = curves.get("eval/accuracy", {"values": [[None]] * num_seeds})["values"]
-    before, after = [one[0] for one in accuracy], [one[-1] for one in accuracy]
-    return {
-        "before": over_seeds(before),
-        "after": over_seeds(after),
-        "gain": over_seeds(_paired(after, before)),
-        "curves": curves,
-    }
 
 
 def _differences(results: Mapping[str, Any]) -> dict[str, Any]:
