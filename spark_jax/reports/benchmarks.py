@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from spark_jax.reports.tables import MISSING, PIPED_WIDTH
+PIPED_WIDTH = 100  # columns, where there is no terminal to ask
+MISSING = "–"
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as text, the columns' names first; `notes` are sentences below it."""
+    """Cells as text, the columns' names first; `notes` are sentences below it. A row whose cells
+    but the first are empty is the heading of those below it."""
 
     title: str
     columns: tuple[str, ...]
@@ -104,14 +106,19 @@ def markdown(table: Table) -> str:
 
 
 def show(table: Table, console: Console) -> None:
-    """Prints the table; where the output is piped, at least 100 columns are used."""
+    """Prints the table; where the output is piped, at least 100 columns are used. No text is ever
+    cut: what does not fit goes on in the next line of its cell."""
     if not console.is_terminal:
         console = Console(file=console.file, width=max(console.width, PIPED_WIDTH))
     rich_table = RichTable(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    for column in table.columns:
-        rich_table.add_column(column, overflow="fold")
+    for number, column in enumerate(table.columns):
+        rich_table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in table.rows:
-        rich_table.add_row(*map(escape, row))
+        if any(row[1:]):
+            rich_table.add_row(*map(escape, row))
+        else:
+            rich_table.add_section()
+            rich_table.add_row(f"[bold]{escape(row[0])}")
     console.print(f"\n[bold]{escape(table.title)}", highlight=False)
     console.print(rich_table, highlight=False)
     for note in table.notes:

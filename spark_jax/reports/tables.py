@@ -1,24 +1,47 @@
-"""The closing tables of a pipeline on the terminal."""
+"""The closing tables of a pipeline."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from spark_jax.reports import benchmarks
+from spark_jax.reports.benchmarks import MISSING, PIPED_WIDTH, Table
 from spark_jax.reports.study import over_seeds, stage2_metric
 
-PIPED_WIDTH = 100  # columns, where there is no terminal to ask
-MISSING = "–"
 TUNED_WORLD = "arithmetic_chains"
 DERIVED = "derived: the overall verdict taken to be Yes where every step is judged correct."
 MARGINS = "Margins here are a property of this world, tuned so that voting matters."
+
+
+def stages(results: Mapping[str, Any]) -> list[Table]:
+    """What `study.collect` found, as tables: one a stage that has runs, and one of the claims."""
+    seeds = len(results["seeds"])
+    note = f"mean over {seeds} seeds with 95 % t-interval" if seeds > 1 else "one seed: no interval"
+    margins = (MARGINS,) if results["task"] == TUNED_WORLD else ()
+    found = (DERIVED, _detection(results["verifier"]), *margins, *results["verifier"]["warnings"])
+    return [
+        stage1(f"Stage I: verifications against the truth ({note})", results["stage1"], found),
+        _stage2(f"Stage II: reward models on held-out solutions ({note})", results, margins),
+        _stage3(f"Stage III: accuracy on held-out problems ({note})", results),
+        _claims(f"What shows in this world, and what does not ({note})", results["differences"],
+                (_reading(seeds),)),
+    ]  # fmt: skip
+
+
+def stage1(title: str, scores: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Table:
+    """The table of `study.stage1_scores`."""
+    rows = [
+        (method, n, *(interval(metric) for metric in metrics.values()))
+        for method, by_count in scores.items()
+        for n, metrics in by_count.items()
+    ]
+    columns = ("method", "N", "step acc", "overall acc", "derived acc")
+    return Table(title, columns, tuple(rows), notes)
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
@@ -27,22 +50,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     Made for 100 columns; where the output is piped, that many are used whatever the console's
     width.
     """
-    if not console.is_terminal:
-        console = Console(file=console.file, width=max(console.width, PIPED_WIDTH))
-    seeds = len(results["seeds"])
-    note = f"mean over {seeds} seeds with 95 % t-interval" if seeds > 1 else "one seed: no interval"
-    caption = [MARGINS] if results["task"] == TUNED_WORLD else []
-
-    _print(console, f"Stage I: verifications against the truth ({note})", _stage1(results))
-    _captions(console, [DERIVED, _detection(results["verifier"]), *caption])
-    for warning in results["verifier"]["warnings"]:
-        console.print(f"[yellow]{escape(warning)}")
-    _print(console, f"Stage II: reward models on held-out solutions ({note})", _stage2(results))
-    _captions(console, caption)
-    _print(console, f"Stage III: accuracy on held-out problems ({note})", _stage3(results))
-    title = f"What shows in this world, and what does not ({note})"
-    _print(console, title, _claims(results["differences"]))
-    _captions(console, [_reading(seeds)])
+    for table in stages(results):
+        benchmarks.show(table, console)
 
 
 def as_text(results: Mapping[str, Any]) -> str:
@@ -78,56 +87,55 @@ def verdict(difference: Mapping[str, Any]) -> str:
     return "reversed" if difference["high"] < 0 else "does not show"
 
 
-def _stage1(results: Mapping[str, Any]) -> Table:
-    table = _table("method", "N", "step acc", "overall acc", "derived acc")
-    for method, by_count in results["stage1"].items():
-        for n, scores in by_count.items():
-            table.add_row(method, n, *(interval(score) for score in scores.values()))
-    return table
-
-
 def _detection(verifier: Mapping[str, Any]) -> str:
     found = interval(verifier["detection_rate"])
     return f"A single verification sees {found} of the wrong steps; voting needs more than 0.5."
 
 
-def _stage2(results: Mapping[str, Any]) -> Table:
+def _stage2(title: str, results: Mapping[str, Any], notes: tuple[str, ...]) -> Table:
     """Intervals for F1 and overall accuracy; of what F1 is made of, the estimates."""
     by_steps = {"f1": "F1", "error_acc": "error acc", "correct_acc": "correct acc"}
     names = by_steps if stage2_metric(results["stage2"]) == "f1" else {}
-    table = _table("targets from", *names.values(), "overall acc")
-    for method, scores in results["stage2"].items():
-        cells = [
-            interval(scores[name]) if name in ("f1", "overall_accuracy") else _number(scores[name])
-            for name in (*names, "overall_accuracy")
-        ]
-        table.add_row(escape(method), *cells)
-    return table
+    rows = [
+        (
+            method,
+            *(
+                interval(scores[name])
+                if name in ("f1", "overall_accuracy")
+                else _number(scores[name])
+                for name in (*names, "overall_accuracy")
+            ),
+        )
+        for method, scores in results["stage2"].items()
+    ]
+    columns = ("targets from", *names.values(), "overall acc")
+    return Table(title, columns, tuple(rows), notes)
 
 
-def _stage3(results: Mapping[str, Any]) -> Table:
-    table = _table("run", "before", "after", "tokens", "entropy")
-    for arm, scores in results["stage3"].items():
-        table.add_row(
-            escape(arm),
+def _stage3(title: str, results: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            arm,
             interval(scores["before"]),
             interval(scores["after"]),
             _number(_last(scores["curves"], "eval/response_length"), 1),
             _number(_last(scores["curves"], "policy/entropy")),
         )
-    return table
+        for arm, scores in results["stage3"].items()
+    ]
+    return Table(title, ("run", "before", "after", "tokens", "entropy"), tuple(rows))
 
 
-def _claims(differences: Mapping[str, Mapping[str, Any]]) -> Table:
+def _claims(
+    title: str, differences: Mapping[str, Mapping[str, Any]], notes: tuple[str, ...]
+) -> Table:
     """One block a stage. Bounds have three decimals: a verdict hangs on their sign."""
-    table = _table("difference", "estimate", "verdict")
+    rows: list[tuple[str, ...]] = []
     blocks = groupby(differences.values(), key=lambda claim: (claim["stage"], claim["metric"]))
     for (stage, metric), block in blocks:
-        table.add_section()
-        table.add_row(f"[bold]stage {stage}: {metric}", "", "")
-        for claim in block:
-            table.add_row(f"  {escape(claim['pair'])}", interval(claim, 3), verdict(claim))
-    return table
+        rows.append((f"stage {stage}: {metric}", "", ""))
+        rows += [(f"  {claim['pair']}", interval(claim, 3), verdict(claim)) for claim in block]
+    return Table(title, ("difference", "estimate", "verdict"), tuple(rows), notes)
 
 
 def _reading(seeds: int) -> str:
@@ -146,22 +154,3 @@ def _last(curves: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 def _number(value: Mapping[str, Any], decimals: int = 3) -> str:
     return MISSING if value["estimate"] is None else f"{value['estimate']:.{decimals}f}"
-
-
-def _table(first: str, *others: str) -> Table:
-    """No text is ever cut: what does not fit goes on in the next line of its cell."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column(first, no_wrap=True, overflow="fold")
-    for column in others:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n[bold]{title}", highlight=False)
-    console.print(table, highlight=False)
-
-
-def _captions(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(f"[dim]{escape(line)}", highlight=False)
