@@ -1,0 +1,198 @@
+"""What an RL run leaves for the page (`experiments.report`): every so often a rollout, token by
+token, with its log-probs, advantages, verdicts and flags, and the reward model's soft scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+from spark_jax.data import tasks
+from spark_jax.data.formats import TextFormat
+from spark_jax.data.records import Problem, Verification
+from spark_jax.experiments import evaluate, launch
+from spark_jax.experiments.launch import Config
+from spark_jax.prm.soft_score import soft_scores
+from spark_jax.reports import rollouts
+from spark_jax.reports.rollouts import Group, Response, RolloutRecord
+from spark_jax.rewards import monitor
+from spark_jax.rewards.format import format_checks, valid_part
+from spark_jax.rewards.prm import Judged
+from spark_jax.rewards.process import cumulative_process_reward
+from spark_jax.rewards.records import Judgement
+from spark_jax.steps import token_offsets
+from spark_jax.text_generation import SampledText, TextModel
+
+SHOWN = ("grpo", "selective", "global_step", "masked_step")  # beside the one that is trained with
+NEEDS = {
+    "selective": ("verdicts",),
+    "global_step": ("verdicts",),
+    "masked_step": ("ref_logprobs", "policy_logprobs"),
+}
+OF_SPRO = ("baseline", "beta", "granularity", "process_std", "return_clip")
+
+
+def is_recorded(config: Config, step: int) -> bool:
+    """The first and the last step, and every `rl.record.every`-th (None: those that evaluate)."""
+    every = config.rl.record.every or config.rl.evaluate_every
+    return bool(config.rl.record.problems) and (step in (1, config.rl.steps) or step % every == 0)
+
+
+def soft_verdicts(
+    config: Config,
+    model: TextModel | None,
+    text_format: TextFormat,
+    problems: Sequence[Problem],
+    samples: Sequence[SampledText],
+    judged: Judged,
+) -> list[float | None]:
+    """P(Yes) / (P(Yes) + P(No)) at the verdict of each readable judgement; one forward pass.
+
+    `model` is the reward model and `text_format` how it is asked; None of both judge nothing.
+    """
+    readable = [b for b, judgement in enumerate(judged.judgements) if judgement.failure is None]
+    found: list[float | None] = [None] * len(judged.judgements)
+    if model is None or not readable:
+        return found
+    kind = config.prm.kind
+    prompts, said = [], []
+    for b in readable:
+        problem = dataclasses.replace(problems[b], answer=None)
+        prompts.append(text_format.reward_prompt(kind, problem, valid_part(samples[b].text)))
+        judgement = judged.judgements[b]
+        verification = Verification(judgement.text, judgement.verdicts, judgement.overall)
+        said.append(text_format.reward_target(kind, verification))
+    score = functools.partial(evaluate.score_in_batches, model)
+    for b, soft in zip(readable, soft_scores(text_format, model.tokenizer, score, prompts, said)):
+        found[b] = float(soft)
+    return found
+
+
+def soft_metrics(judged: Judged, soft: Sequence[float | None]) -> dict[str, float]:
+    """The mean soft score of the readable judgements, and how far their rate of Yes is above it;
+    {} without any."""
+    pairs = [(j.overall, s) for j, s in zip(judged.judgements, soft) if s is not None]
+    if not pairs:
+        return {}
+    yes, scores = (float(np.mean(column)) for column in zip(*pairs))
+    return {monitor.SOFT_SCORE: scores, monitor.YES_ABOVE_SOFT: yes - scores}
+
+
+def rollout_record(
+    config: Config,
+    step: int,
+    task: tasks.Task,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    samples: Sequence[SampledText],
+    judged: Judged,
+    soft: Sequence[float | None],
+    rewards: np.ndarray,
+    inputs: AdvantageInputs,
+    correct: Sequence[bool | None],
+    usual_steps: float | None,
+) -> RolloutRecord:
+    """The first `rl.record.problems` groups of a rollout of B responses.
+
+    Args:
+        inputs: what advantages are made of, log-probs of the policy that sampled included; what it
+            lacks is shown by no advantage.
+        correct: whether each answer is right, None where unknown.
+        usual_steps: per response, at the start of the run.
+    """
+    size = config.rl.group_size
+    number = min(config.rl.record.problems, len(problems) // size)
+    step_ids = np.asarray(inputs.step_ids)
+
+    def response(b: int) -> Response:
+        judgement, text = judged.judgements[b], samples[b].text
+        labels, _ = task.labels(problems[b], valid_part(text))
+        tokens = _tokens(tokenizer, samples[b])
+        return Response(
+            tokens=tokens,
+            steps=tuple(step_ids[b, : len(tokens)].tolist()),
+            finished=samples[b].finished,
+            overall=judgement.overall if judgement.failure is None else None,
+            verdicts=tuple(1 if verdict else -1 for verdict in judgement.verdicts),
+            verifications=_said(judgement, soft[b]),
+            chosen={},
+            reward=float(rewards[b]),
+            checks=format_checks(text),
+            flags=monitor.flags(
+                text,
+                int(judged.num_steps[b]),
+                judgement=judgement,
+                soft_score=soft[b],
+                reward=float(rewards[b]),
+                correct=correct[b],
+                usual_steps=usual_steps,
+            ),
+            correct=correct[b],
+            step_labels=labels,
+        )
+
+    groups = tuple(
+        Group(
+            problems[first].id,
+            problems[first].question,
+            problems[first].answer,
+            tuple(response(b) for b in range(first, first + size)),
+        )
+        for first in range(0, number * size, size)
+    )
+    lengths = [len(r.tokens) for group in groups for r in group.responses]
+    values = rollouts.flat_values(token_values(config, inputs), lengths)
+    return RolloutRecord(step, config.rl.advantage, len(problems) // size, groups, values)
+
+
+def token_values(config: Config, inputs: AdvantageInputs) -> dict[str, np.ndarray]:
+    """Log-probs, the cumulative process reward, and the advantages that can be made of what the run
+    has, each [B, T]. The trained one has the run's options; MSA those of SPRO."""
+    given = launch.given(config.rl.advantage_options)
+    of_spro = {name: value for name, value in given.items() if name in OF_SPRO}
+    found = {"logprob": inputs.policy_logprobs, "ref_logprob": inputs.ref_logprobs}
+    if inputs.ref_logprobs is not None and inputs.policy_logprobs is not None:
+        beta = {name: value for name, value in given.items() if name == "beta"}
+        found["cpr"] = cumulative_process_reward(
+            inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **beta
+        )
+    has_verdicts = bool(np.any(np.asarray(inputs.verdicts)))
+    for name in dict.fromkeys((config.rl.advantage, *SHOWN)):
+        missing = [field for field in NEEDS.get(name, ()) if getattr(inputs, field) is None]
+        judged = has_verdicts or "verdicts" not in NEEDS.get(name, ())
+        if name == config.rl.advantage:
+            found[name] = _advantage(name, given, inputs)
+        elif judged and not missing:
+            found[name] = _advantage(name, of_spro if name == "masked_step" else {}, inputs)
+    return {name: np.asarray(array) for name, array in found.items() if array is not None}
+
+
+def _advantage(name: str, options: dict[str, Any], inputs: AdvantageInputs) -> jax.Array:
+    return _compiled(name, tuple(sorted(options.items())))(inputs)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(functools.partial(ADVANTAGES[name], **dict(options)))
+
+
+def _tokens(tokenizer: Any, sample: SampledText) -> tuple[str, ...]:
+    """The text of each token, the stop token's at the end."""
+    body = sample.token_ids[:-1] if sample.finished else sample.token_ids
+    text, offsets = token_offsets(tokenizer, body)
+    end = [tokenizer.decode(list(sample.token_ids[-1:]))] if sample.finished else []
+    return (*rollouts.token_texts(text, offsets), *end)
+
+
+def _said(judgement: Judgement, soft: float | None) -> tuple[rollouts.Judged, ...]:
+    """The reward model's judgement, if it was asked."""
+    if not judgement.called:
+        return ()
+    overall = judgement.overall if judgement.failure is None else None
+    said = rollouts.Judged(judgement.text, overall, judgement.verdicts, judgement.failure, soft)
+    return (said,)
