@@ -1,6 +1,6 @@
 """What XLA's TPU compiler makes of the kernels and of their references, on a machine without a TPU.
 
-    pip install libtpu        (the version that `pip show jax` names for its extra "tpu"; 600 MB)
+    make pods        (libtpu, 700 MB)
     python -m spark_jax.kernels.ahead_of_time --generations v5e,v5p,v6e [--cycles]
 
 Per case, implementation and generation: seconds to compile, temporaries in HBM, bytes of HBM that
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spark_jax.kernels import hlo
 from spark_jax.kernels.linear_logprob import linear_logprob_and_entropy
 from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 
@@ -54,17 +55,18 @@ def report(
       RuntimeError: libtpu is not installed.
       subprocess.CalledProcessError: a case does not compile.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError("libtpu is not installed: pip install 'jax[tpu]' (600 MB)")
     for generation in generations:
         if generation not in TOPOLOGIES:
             raise ValueError(f"generation {generation!r}; choose from {list(TOPOLOGIES)}")
     command = [sys.executable, "-m", "spark_jax.kernels.ahead_of_time", "--cases", cases]
     command += ["--generations", ",".join(generations), *(["--cycles"] if cycles else [])]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            command, env=_environment(folder, cycles), stdout=subprocess.PIPE, text=True, check=True
-        )
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if cycles else ""
+        variables = environment(folder) | {
+            "LIBTPU_INIT_ARGS": dump,
+            "SPARK_DUMP": folder if cycles else "",
+        }
+        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -138,20 +140,53 @@ def _prefix_decode_attention(
     )
 
 
-def _environment(folder: str, cycles: bool) -> dict[str, str]:
-    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if cycles else ""
+def environment(folder: str, accelerator: str = "v5litepod-4") -> dict[str, str]:
+    """What a process needs to have in its environment, before it imports jax, to compile for TPUs
+    without one; libtpu logs to `folder`. Several such processes may run at once.
+
+    Raises:
+      RuntimeError: libtpu is not installed.
+    """
     return os.environ | {
+        "TPU_LIBRARY_PATH": str(libtpu_path()),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_ACCELERATOR_TYPE": accelerator,
         "TPU_LOG_DIR": folder,
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        "LIBTPU_INIT_ARGS": dump,
-        "SPARK_DUMP": folder if cycles else "",
     }
+
+
+def libtpu_path() -> Path:
+    """The library with XLA's TPU compiler: that of $TPU_LIBRARY_PATH, of the installed package, or
+    of `make pods`, which puts the package beside an environment's others, where jax on a machine
+    without TPUs does not stumble over it.
+
+    Raises:
+      RuntimeError: there is none, with the command that installs it.
+    """
+    if given := os.environ.get("TPU_LIBRARY_PATH"):
+        return Path(given)
+    found = importlib.util.find_spec("libtpu")
+    places = [Path(found.origin).parent] if found and found.origin else []
+    for place in (*places, Path(sys.prefix) / "pods" / "libtpu"):
+        if (place / "libtpu.so").is_file():
+            return place / "libtpu.so"
+    raise RuntimeError(
+        "libtpu is not installed. It holds XLA's compiler for TPUs, needs no TPU, and takes "
+        "700 MB: make pods, or pip install 'spark-jax[tpu]'"
+    )
+
+
+def has_libtpu() -> bool:
+    """Whether this machine can compile for TPUs."""
+    try:
+        return libtpu_path().is_file()
+    except RuntimeError:
+        return False
 
 
 def main() -> None:
@@ -211,54 +246,24 @@ class Operation(NamedTuple):
     estimated_cycles: int
 
 
-_ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 _WORKING = ("fusion", "copy", "custom-call", "convolution", "dot", "copy-start", "slice-start")
 
 
 def scheduled_operations(text: str) -> list[Operation]:
     """From the optimised HLO of a TPU program; loops' bodies with their trips."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            lines = computations.setdefault("ENTRY" if header[1] else header[2], [])
-        else:
-            lines.append(line)
-
-    def walk(computation: str, trips: int) -> list[Operation]:
-        types: dict[str, str] = {}
-        found = []
-        for line in computations[computation]:
-            match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
-            if match is None:
-                continue
-            name, shape, kind, rest = match.groups()
-            types[name] = shape
-            if kind == "while":
-                loop = dict(re.findall(r"(condition|body)=%([\w.\-]+)", line))
-                bounds = re.findall(r"constant\((\d+)\)", "".join(computations[loop["condition"]]))
-                found += walk(loop["body"], trips * max(map(int, bounds), default=1))
-            elif kind in _WORKING:
-                operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-                size = sum(_hbm_bytes(types.get(x, "")) for x in operands)
-                # An asynchronous copy's result names its operand again.
-                size += 0 if kind.endswith("-start") else _hbm_bytes(shape)
-                if told := re.search(r'"bytes_accessed":"?(\d+)', line):  # a kernel reads again
-                    size = int(told[1])
-                cycles = re.search(r'estimated_cycles":"(\d+)"', line)
-                found.append(Operation(name, trips, size, int(cycles[1]) if cycles else 0))
-        return found
-
-    return walk("ENTRY", 1)
+    return [
+        Operation(i.name, i.trips, _hbm_bytes(i), i.estimated_cycles)
+        for i in hlo.instructions(text)
+        if i.kind in _WORKING
+    ]
 
 
-def _hbm_bytes(shape: str) -> int:
-    """Of a type, or of a tuple of types; S(1) is VMEM."""
-    return sum(
-        _ITEM[dtype] * math.prod(int(x) for x in sizes.split(",") if x)
-        for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
-        if dtype in _ITEM and "S(1)" not in layout
-    )
+def _hbm_bytes(i: hlo.Instruction) -> int:
+    if told := re.search(r'"bytes_accessed":"?(\d+)', i.line):  # a kernel reads again
+        return int(told[1])
+    size = sum(hlo.shape_bytes(shape, hbm_only=True) for shape in i.operands)
+    # An asynchronous copy's result names its operand again.
+    return size + (0 if i.kind.endswith("-start") else hlo.shape_bytes(i.shape, hbm_only=True))
 
 
 def bundle_count(folder: Path, name: str) -> int:

@@ -1,6 +1,7 @@
 """The kernels under the TPU compilers, where libtpu is installed, and how programs are read."""
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -17,7 +18,10 @@ backend_config={"estimated_cycles":"20"}
 }
 
 %condition.1 (p: (s32[], f32[8,128])) -> pred[] {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 
 ENTRY %main.1 (a: bf16[16,128]) -> f32[8,128] {
@@ -53,18 +57,17 @@ def test_bundles_of_an_operation(tmp_path):
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="libtpu is not installed"):
-        ahead_of_time.report()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"'v3'.*v5e"):
         ahead_of_time.report(["v3"])
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", "/nowhere")
+    with pytest.raises(RuntimeError, match=r"libtpu is not installed.*make pods"):
+        ahead_of_time.report()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu (600 MB) is not installed"
-)
+@pytest.mark.skipif(not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods")
 def test_kernels_compile_for_all_generations_and_hold_no_scores():
     """Temporaries are a share of the reference's wherever the reference leaves VMEM."""
     rows = ahead_of_time.report(["v5e", "v5p", "v6e"])

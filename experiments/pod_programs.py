@@ -1,0 +1,357 @@
+"""The programs of a run as they are compiled: the functions that the experiments call, the settings
+of their configuration, the shapes of their arrays, and no arrays.
+
+Every prompt and response is taken as long as the configuration allows, every token of a packed row
+of a fine-tuning as a target: what fits then fits always. `decode.max_prompt_length` has to be set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spark_jax import decoding
+from spark_jax.advantages import AdvantageInputs
+from spark_jax.configs.model_shapes import MODEL_SHAPES
+from spark_jax.data.arithmetic_chains import base
+from spark_jax.decoding import decoder
+from spark_jax.decoding.generate import prepare
+from spark_jax.experiments import launch, sft, train_rl
+from spark_jax.experiments.launch import Config, ConfigError
+from spark_jax.models import config as model_config
+from spark_jax.models import transformer
+from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import batch_sharding, named_shardings, replicated
+from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
+from spark_jax.text_generation import longest_prompt
+from spark_jax.training import state
+from spark_jax.training.packing import pack_policy_batch
+from spark_jax.training.policy import Objective, PolicyBatch
+from spark_jax.training.sft import SFTBatch
+
+Arrays = Callable[[Mesh], Any]  # a pytree of shapes with their places on a mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      name: its stage and what it does, such as "rl/policy_step".
+      model: the name of the model it runs.
+      lower: traces it for a mesh; what it gives can be compiled.
+      beside: by name, the arrays that lie on the devices meanwhile and are no arguments of it.
+      rows: sequences that it works on at once: slots, prompts, rows of a batch.
+      positions: tokens of each of these.
+    """
+
+    name: str
+    model: str
+    lower: Callable[[Mesh], Any]
+    beside: dict[str, Arrays]
+    rows: int
+    positions: int
+
+
+def programs(config: Config) -> list[Program]:
+    """All programs of `pipeline` with this configuration, stage by stage.
+
+    Raises:
+      ConfigError: a size that is left open, or a model whose shape is not known here.
+    """
+    if config.decode.max_prompt_length is None:
+        raise ConfigError("decode.max_prompt_length is None; the programs' shapes depend on it")
+    fine_tuned = [_sft(config, "sft", config.model)] if config.pipeline.sft else []
+    reward_model = config.prm.model or config.model
+    return [
+        *fine_tuned,
+        *_stage_one(config),
+        _sft(config, "prm", reward_model),
+        *_rl(config, reward_model),
+    ]
+
+
+def model_shape(config: Config, name: str) -> ModelConfig:
+    """The shape of a model by its name: that of a checkpoint folder, of a model that ships, of
+    `configs.model_shapes`, or of the `config.json` on the hub, in this order."""
+    file = Path(name) / "config.json"
+    if name == "arithmetic_chains":
+        file = Path(base.__file__).parent / "base" / "config.json"
+    if file.is_file():
+        fields = json.loads(file.read_text())
+    elif name in MODEL_SHAPES:
+        fields = MODEL_SHAPES[name]
+    else:
+        fields = _from_hub(name)
+    return model_config.from_hf(fields, dtype=config.dtype)
+
+
+def bytes_per_device(arrays: Any) -> int:
+    """Of shapes with shardings, on the device that holds most."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arrays)
+    )
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def _stage_one(config: Config) -> list[Program]:
+    generate, verify = config.generate, config.verify
+    problems = min(generate.chunk_size, generate.num_problems or generate.chunk_size)
+    checked = min(verify.chunk_size, generate.num_problems or verify.chunk_size)
+    return [
+        *_decoding(
+            config,
+            "generate",
+            generate.model or config.model,
+            prompts=problems,
+            samples=generate.samples_per_problem,
+            sampling=decoding.Sampling(temperature=generate.temperature, top_p=generate.top_p),
+        ),
+        *_decoding(
+            config,
+            "verify",
+            verify.model or config.model,
+            prompts=checked * generate.samples_per_problem,
+            samples=verify.samples_per_solution,
+            sampling=decoding.Sampling(temperature=verify.temperature, top_p=verify.top_p),
+        ),
+    ]
+
+
+def _rl(config: Config, reward_model: str) -> list[Program]:
+    rl, policy = config.rl, model_shape(config, config.model)
+    judge = model_shape(config, rl.reward_model or reward_model)
+    held: dict[str, Arrays] = {
+        "train state": partial(_state, policy, train_rl.make_optimizer(config)),
+        "policy to sample from": partial(_params, policy, policy.dtype),
+    }
+    if train_rl.needs_reference_policy(config):
+        dtype = config.dtype if rl.reference_model else "float32"
+        held["reference policy"] = partial(_params, policy, dtype)
+    if rl.reward in REWARDS_THAT_JUDGE:
+        held["reward model"] = partial(_params, judge, judge.dtype)
+
+    def beside(*arguments: str) -> dict[str, Arrays]:
+        return {name: arrays for name, arrays in held.items() if name not in arguments}
+
+    found = _decoding(
+        config,
+        "rl",
+        config.model,
+        prompts=rl.prompts_per_step,
+        samples=rl.group_size,
+        sampling=decoding.Sampling(temperature=rl.temperature),
+        beside=beside("policy to sample from"),
+    )
+    if "reward model" in held:
+        found += _decoding(
+            config,
+            "rl/judge",
+            rl.reward_model or reward_model,
+            prompts=rl.prompts_per_step * rl.group_size,
+            samples=1,
+            sampling=decoding.Sampling(greedy=True),
+            beside=beside("reward model"),
+        )
+    if "reference policy" in held:
+        found.append(_score(config, policy, held["reference policy"], beside("reference policy")))
+    return [*found, _policy_step(config, policy, held["train state"], beside("train state"))]
+
+
+# --- the programs --------------------------------------------------------------------------------
+
+
+def _decoding(
+    config: Config,
+    stage: str,
+    name: str,
+    *,
+    prompts: int,
+    samples: int,
+    sampling: decoding.Sampling,
+    beside: dict[str, Arrays] | None = None,
+) -> list[Program]:
+    """The decoder, and the prefill that is a part of it on its own."""
+    model, options = model_shape(config, name), launch.decode_options(config)
+    length = longest_prompt(model, config.decode.max_new_tokens, options)
+    # Different from the first token on: no template to share, which would take less memory.
+    texts = [[i % model.vocab_size] + [0] * (length - 1) for i in range(prompts)]
+    work = prepare(
+        model,
+        texts,
+        sampling=dataclasses.replace(sampling, stop_ids=(0, 1)),
+        samples_per_prompt=samples,
+        max_new_tokens=config.decode.max_new_tokens,
+        **dataclasses.asdict(options),
+    )
+    shape, own_length = work.shape, work.requests.tokens.shape[1]
+    prompt_shapes = ((shape.prefill, own_length), (shape.prefill,))
+
+    def prefill(mesh: Mesh) -> Any:
+        tokens, lengths = (_array(s, np.int32, replicated(mesh)) for s in prompt_shapes)
+        run = jax.jit(transformer.prefill, static_argnums=1)
+        return run.lower(_params(model, model.dtype, mesh), model, tokens, lengths)
+
+    def decode(mesh: Mesh) -> Any:
+        requests = _like(work.requests, mesh)
+        params = _params(model, model.dtype, mesh)
+        return decoder.decode.lower(params, requests, _key(mesh), config=model, shape=shape)
+
+    rows = shape.lanes * shape.width
+    positions = own_length + shape.columns
+    return [
+        Program(f"{stage}/prefill", name, prefill, beside or {}, shape.prefill, own_length),
+        Program(f"{stage}/decode", name, decode, beside or {}, rows, positions),
+    ]
+
+
+def _sft(config: Config, stage: str, name: str) -> Program:
+    section, model = config[stage], model_shape(config, name)
+    size = (section.batch_size, section.max_length)
+    arrays = SFTBatch(
+        tokens=np.broadcast_to(np.int32(0), size),
+        loss_mask=np.broadcast_to(np.bool_(True), size),
+        segment_ids=np.broadcast_to(np.int32(1), size) if section.pack else None,
+        target_index=np.broadcast_to(np.int32(0), size),
+    )
+
+    def lower(mesh: Mesh) -> Any:
+        step = sft.compiled_step(
+            model, json.dumps(sft.optimizer_settings(section)), section.accumulation_steps
+        )
+        return step.lower(_state(model, sft.make_optimizer(section), mesh), _rows(arrays, mesh))
+
+    return Program(f"{stage}/sft_step", name, lower, {}, *size)
+
+
+def _score(
+    config: Config, model: ModelConfig, params: Arrays, beside: dict[str, Arrays]
+) -> Program:
+    batch = _policy_batch(config, config.rl.prompts_per_step * config.rl.group_size)
+    parts = (batch.prompt_tokens, batch.prompt_mask, batch.tokens, batch.mask)
+
+    def lower(mesh: Mesh) -> Any:
+        return train_rl.compiled_score(model).lower(params(mesh), *_rows(parts, mesh))
+
+    return Program("rl/score", config.model, lower, beside, *_size(batch))
+
+
+def _policy_step(
+    config: Config, model: ModelConfig, train: Arrays, beside: dict[str, Arrays]
+) -> Program:
+    rl = config.rl
+    batch: Any = _policy_batch(config, rl.prompts_per_step // rl.minibatches * rl.group_size)
+    rows, positions = _size(batch)
+    if rl.pack:
+        objective = Objective(**launch.objective_fields(config))
+        batch = pack_policy_batch(batch, objective, rows_multiple_of=rl.accumulation_steps)
+        rows, positions = batch.tokens.shape
+
+    def lower(mesh: Mesh) -> Any:
+        step = train_rl.compiled_step(model, json.dumps(train_rl.update_settings(config)))
+        return step.lower(train(mesh), _rows(batch, mesh))
+
+    return Program("rl/policy_step", config.model, lower, beside, rows, positions)
+
+
+# --- arrays --------------------------------------------------------------------------------------
+
+
+def _policy_batch(config: Config, rows: int) -> PolicyBatch:
+    """Prompts and responses of full length, in NumPy, of which one number is in memory."""
+    prompt, response = config.decode.max_prompt_length, config.decode.max_new_tokens
+
+    def filled(value: Any, width: int = response) -> np.ndarray:
+        return np.broadcast_to(value, (rows, width))
+
+    numbers, counted = filled(np.float32(0)), filled(np.bool_(True))
+    reference = numbers if train_rl.needs_reference_policy(config) else None
+    made = None
+    if train_rl.made_in_step(config):
+        inputs = AdvantageInputs(
+            rewards=np.broadcast_to(np.float32(0), (rows,)),
+            mask=counted,
+            group_size=config.rl.group_size,
+            ref_logprobs=reference,
+            verdicts=filled(np.int8(0), MAX_STEPS),
+            step_ids=filled(np.int32(0)),
+        )
+        made = (inputs, np.bool_(False))
+    return PolicyBatch(
+        prompt_tokens=filled(np.int32(0), prompt),
+        prompt_mask=filled(np.bool_(True), prompt),
+        tokens=filled(np.int32(0)),
+        mask=counted,
+        old_logprobs=numbers,
+        advantages=None if made else numbers,
+        ref_logprobs=reference,
+        advantage_inputs=made,
+    )
+
+
+def _size(batch: PolicyBatch) -> tuple[int, int]:
+    return len(batch.tokens), batch.prompt_tokens.shape[1] + batch.tokens.shape[1]
+
+
+def _params(model: ModelConfig, dtype: str, mesh: Mesh) -> transformer.Params:
+    shapes = transformer.shapes(dataclasses.replace(model, dtype=dtype))
+    return _placed(shapes, named_shardings(transformer.logical_axes(model), shapes, mesh))
+
+
+def _state(model: ModelConfig, optimizer: Any, mesh: Mesh) -> state.TrainState:
+    def make() -> state.TrainState:
+        key = jax.random.key(0)
+        return state.create(transformer.init(model, key), optimizer, key)
+
+    shapes = jax.eval_shape(make)
+    return _placed(shapes, state.state_shardings(shapes, model, mesh))
+
+
+def _rows(arrays: Any, mesh: Mesh) -> Any:
+    """A batch as the host hands it to a program: rows spread over the devices."""
+    return jax.tree.map(
+        lambda x: _array(x.shape, x.dtype, batch_sharding(mesh) if x.ndim else replicated(mesh)),
+        arrays,
+    )
+
+
+def _like(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays that every device has whole."""
+    return jax.tree.map(lambda x: _array(x.shape, x.dtype, replicated(mesh)), arrays)
+
+
+def _key(mesh: Mesh) -> Any:
+    return _like(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, where: _array(x.shape, x.dtype, where), shapes, shardings)
+
+
+def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _from_hub(name: str) -> dict[str, Any]:
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+    except Exception as error:
+        raise ConfigError(
+            f"model {name!r}: no folder with a config.json, none of configs/model_shapes.py, and "
+            f"its config.json cannot be fetched from the hub: {error}"
+        ) from error
