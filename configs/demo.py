@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     config.model = "arithmetic_chains"
     config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
     config.chat = chat()
+    # Devices along each axis, of all processes; one may be -1, what the others leave. Rows of
+    # batches are spread over data and fsdp, parameters over fsdp and tensor. All 1: one device.
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
     config.pretrain = False  # True makes the base afresh first, in run_dir/base
     config.quick = False  # True: one seed, fewer problems, fewer steps, in run_dir-quick
     config.decode = ConfigDict(
@@ -87,6 +90,9 @@ def get_config() -> ConfigDict:
             max_length=384,
             pack=True,  # several examples to a row of max_length
             optimizer=optimizer(name="adamw", learning_rate=1e-4, warmup_steps=5),
+            save_every=100,  # updates
+            keep_checkpoints=2,
+            keep_every=placeholder(int),  # besides, those of every so many updates; None: no others
         )
     )
 
@@ -99,6 +105,9 @@ def get_config() -> ConfigDict:
             temperature=1.0,
             top_p=1.0,
             chunk_size=64,
+            # (i, n): this run makes the i-th of n parts, i from 0, in run_dir/shard_i_of_n, and
+            # `merge_verifications` joins them. Any number of runs at a time, on any machines.
+            shard=(0, 1),
         )
     )
     config.verify = ConfigDict(
@@ -127,6 +136,9 @@ def get_config() -> ConfigDict:
             max_length=128,
             pack=False,  # several examples to a row of max_length
             optimizer=optimizer(name="adamw", learning_rate=1e-3, warmup_steps=4),
+            save_every=100,  # updates
+            keep_checkpoints=2,
+            keep_every=placeholder(int),  # besides, those of every so many updates; None: no others
         )
     )
 
@@ -177,6 +189,7 @@ def get_config() -> ConfigDict:
             evaluate_every=5,
             save_every=5,
             keep_checkpoints=3,
+            keep_every=placeholder(int),  # besides, those of every so many steps; None: no others
         )
     )
     config.evaluate = ConfigDict(

@@ -41,6 +41,7 @@ import numpy as np
 from rich.console import Console
 
 from spark_jax.data import tasks
+from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
@@ -48,6 +49,7 @@ from spark_jax.evaluation.processbench import ProcessBenchSample
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel import processes, sharding
 from spark_jax.prm.evaluate import Judge, JudgeKind, evaluate_reward_model
 from spark_jax.prm.processbench import evaluate_processbench
 from spark_jax.reports import benchmarks as tables
@@ -55,6 +57,7 @@ from spark_jax.rewards import format as response_format
 from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
 from spark_jax.text_generation import SampledText, TextModel, longest_prompt, text_sampler
+from spark_jax.training import spread
 from spark_jax.training.run_folder import RunFolder
 
 HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples what training samples
@@ -63,6 +66,7 @@ Benchmarks = tuple[dict[str, tuple[tasks.Task, list[Problem]]], dict[str, str]]
 Splits = tuple[dict[str, list[ProcessBenchSample]], dict[str, str]]
 
 
+@launch.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
     launch.check_evaluate(config)
@@ -87,7 +91,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     else:
         summary = benchmark_scores(config, model, data, path, on_progress)
     folder.write_summary(summary)
-    if what in TABLES:
+    if what in TABLES and processes.is_main():
         (path / "table.md").write_text(tables.markdown(TABLES[what](summary)))
     return summary
 
@@ -99,15 +103,18 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
     references is None for a task that has none.
     """
     problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
-    samples = text_sampler(model, launch.decode_options(config))(
-        [task.text_format.solve_prompt(problem) for problem in problems],
-        samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
-        settings=policy_settings(config),
-        seed=config.seed + HELD_OUT_SEED,
-    )
-    return benchmarks.policy_scores(
-        task.text_format, problems, samples, config.evaluate.answer_from
-    )
+
+    def scores(sample: Sample) -> dict[str, Any]:
+        samples = sample(
+            [task.text_format.solve_prompt(problem) for problem in problems],
+            samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
+            settings=policy_settings(config),
+            seed=config.seed + HELD_OUT_SEED,
+        )
+        answer_from = config.evaluate.answer_from
+        return benchmarks.policy_scores(task.text_format, problems, samples, answer_from)
+
+    return processes.lead(scores, text_sampler(model, launch.decode_options(config)))
 
 
 def benchmark_scores(
@@ -121,8 +128,19 @@ def benchmark_scores(
 
     Responses are kept in `responses/<benchmark>.jsonl`. Progress is in problems.
     """
+    work = functools.partial(_benchmark_scores, config, model, data, path, on_progress)
+    return processes.lead(work, text_sampler(model, launch.decode_options(config)))
+
+
+def _benchmark_scores(
+    config: Config,
+    model: TextModel,
+    data: Benchmarks,
+    path: Path,
+    on_progress: OnProgress | None,
+    sample: Sample,
+) -> dict[str, Any]:
     present, missing = data
-    sample = text_sampler(model, launch.decode_options(config))
     wanted = config.evaluate.benchmarks.samples_per_problem
     total, done, scores = sum(len(problems) for _, problems in present.values()), 0, {}
     for name, (task, problems) in present.items():
@@ -196,9 +214,12 @@ def reward_model_scores(
     `task` is as the model is shown it. See `prm.evaluate.judgement_scores`, which says what is left
     out where step labels or truth are unknown; `overall_accuracy` gets its interval here.
     """
-    judge = make_judge(config, task, model, kind)
-    seed = config.seed + HELD_OUT_SEED
-    scores = evaluate_reward_model(judge, problems, solutions, seed=seed)
+
+    def work(judge: Judge) -> dict[str, Any]:
+        seed = config.seed + HELD_OUT_SEED
+        return evaluate_reward_model(judge, problems, solutions, seed=seed)
+
+    scores = judged(config, task, model, kind, work)
     right = [hit for hit in scores.pop("per_solution")["overall_right"] if hit is not None]
     accuracy: dict[str, float | None] = {"estimate": None, "low": None, "high": None}
     if right:
@@ -217,16 +238,36 @@ def processbench_scores(
 ) -> dict[str, Any]:
     """See `prm.processbench.evaluate_processbench`; predictions in `predictions/<split>.jsonl`."""
     splits, missing = data
-    scores = evaluate_processbench(
-        make_judge(config, task, model, kind),
-        splits,
-        seed=config.seed + HELD_OUT_SEED,
-        folder=path / "predictions",
-        model=config.model,
-        chunk_size=config.evaluate.chunk_size,
-        on_progress=on_progress,
-    )
+
+    def work(judge: Judge) -> dict[str, Any]:
+        return evaluate_processbench(
+            judge,
+            splits,
+            seed=config.seed + HELD_OUT_SEED,
+            folder=path / "predictions",
+            model=config.model,
+            chunk_size=config.evaluate.chunk_size,
+            on_progress=on_progress,
+        )
+
+    scores = judged(config, task, model, kind, work)
     return {"kind": kind, **scores, "missing": missing}
+
+
+def judged(
+    config: Config,
+    task: tasks.Task,
+    model: TextModel,
+    kind: JudgeKind,
+    work: Callable[[Judge], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `work` makes of the model as a judge; see `processes.lead` for several processes."""
+    judge = make_judge(config, task, model, kind)
+
+    def lead(sample: Sample, token_logprobs: Any) -> dict[str, Any]:
+        return work(dataclasses.replace(judge, sample=sample, token_logprobs=token_logprobs))
+
+    return processes.lead(lead, judge.sample, functools.partial(score_in_batches, model))
 
 
 def make_judge(config: Config, task: tasks.Task, model: TextModel, kind: JudgeKind) -> Judge:
@@ -259,12 +300,14 @@ def score_in_batches(model: TextModel, tokens: np.ndarray, max_tokens: int = 2**
     """
     n, length = tokens.shape
     width = ladder(length)
+    shards = sharding.batch_shards()
     rows = min(ladder(n), max(1, max_tokens // width))
+    rows = -(-rows // shards) * shards
     padded = np.zeros((-(-n // rows) * rows, width), np.int32)
     padded[:n, :length] = tokens
     score = compiled_logprobs(model.config)
     scored = [
-        np.asarray(score(model.params, padded[start : start + rows]))
+        np.asarray(score(model.params, spread.rows(padded[start : start + rows])))
         for start in range(0, len(padded), rows)
     ]
     return np.concatenate(scored)[:n, : length - 1]
@@ -272,7 +315,10 @@ def score_in_batches(model: TextModel, tokens: np.ndarray, max_tokens: int = 2**
 
 @functools.lru_cache(maxsize=16)
 def compiled_logprobs(config: ModelConfig) -> Any:
-    return jax.jit(lambda params, tokens: token_logprobs(params, config, tokens))
+    def scored(params: Any, tokens: Any) -> Any:
+        return sharding.constrain(token_logprobs(params, config, tokens), (None, None))
+
+    return jax.jit(scored)
 
 
 def processbench_splits(config: Config) -> Splits:
@@ -397,6 +443,8 @@ def main(config: Config, path: Path) -> None:
     """`run`, with what it found on the screen."""
     console = Console()
     summary = run(config, path)
+    if not processes.is_main():
+        return
     if config.evaluate.what in TABLES:
         tables.show(TABLES[config.evaluate.what](summary), console)
         console.print(f"summary: {path / 'summary.json'}")

@@ -3,6 +3,13 @@
     python -m spark_jax.experiments.generate_verifications --config=configs/demo.py \
         --config.run_dir=runs/stage1 --config.verify.methods="('single', 'meta_critique')"
 
+In parts, on any number of machines and at any time, then joined:
+
+    python -m spark_jax.experiments.generate_verifications --config=configs/demo.py \
+        --config.run_dir=runs/stage1 --config.generate.shard="(0, 2)"    # and (1, 2)
+    python -m spark_jax.experiments.merge_verifications --config=configs/demo.py \
+        --config.run_dir=runs/stage1
+
 Writes `solutions.jsonl`, `verified.jsonl` and, where the task knows the truth, how good the
 verifications of each method are (`summary.json`). Started again, it goes on where it stopped.
 """
@@ -10,14 +17,17 @@ verifications of each method are (`summary.json`). Started again, it goes on whe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spark_jax.data import tasks
+from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.parallel import processes
 from spark_jax.reports import plots
 from spark_jax.text_generation import text_sampler
 from spark_jax.training.run_folder import RunFolder
@@ -26,47 +36,69 @@ from spark_jax.verification.pipeline import aggregate_first, generate_solutions,
 from spark_jax.verification.report import report
 
 
+@launch.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Stage I in the folder `path`; returns its summary. Progress is in problems, both passes."""
+    """Stage I, or the part of it that `generate.shard` asks for, in the folder `path` (a part:
+    `shard_folder`); returns its summary. Progress is in problems, both passes."""
     launch.check_stage1(config)
+    path = shard_folder(config, path)
     config = launch.sub_config(config, "generate", "verify")
     task = launch.load_task(config)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    problems = task.problems(config.generate.num_problems, config.seed, "train")
+    problems = shard_of(config, all_problems(config, task))
 
     model = launch.load_text_model(config, config.generate.model or config.model)
-    solutions = generate_solutions(
-        text_sampler(model, launch.decode_options(config)),
-        problems,
-        launch.for_model(task, model.tokenizer, config).text_format,
-        samples_per_problem=config.generate.samples_per_problem,
-        settings=settings(config, config.generate),
-        seed=config.seed,
-        path=path / SOLUTIONS,
-        model=model.name,
-        chunk_size=config.generate.chunk_size,
-        on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
-    )
+
+    def generate(sample: Sample) -> list[Solution]:
+        return generate_solutions(
+            sample,
+            problems,
+            launch.for_model(task, model.tokenizer, config).text_format,
+            samples_per_problem=config.generate.samples_per_problem,
+            settings=settings(config, config.generate),
+            seed=config.seed,
+            path=path / SOLUTIONS,
+            model=model.name,
+            chunk_size=config.generate.chunk_size,
+            on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
+        )
+
+    solutions = processes.lead(generate, text_sampler(model, launch.decode_options(config)))
     if (verifier := config.verify.model or config.model) != model.name:
         del model  # there need not be room for both
         model = launch.load_text_model(config, verifier)
-    verified = verify_solutions(
-        text_sampler(model, launch.decode_options(config)),
-        problems,
-        solutions,
-        launch.for_model(task, model.tokenizer, config).text_format,
-        methods=config.verify.methods,
-        samples_per_solution=config.verify.samples_per_solution,
-        settings=settings(config, config.verify),
-        seed=config.seed,
-        path=path / VERIFIED,
-        model=model.name,
-        chunk_size=config.verify.chunk_size,
-        on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
-    )
 
+    def verify(sample: Sample) -> list[VerifiedSolution]:
+        return verify_solutions(
+            sample,
+            problems,
+            solutions,
+            launch.for_model(task, model.tokenizer, config).text_format,
+            methods=config.verify.methods,
+            samples_per_solution=config.verify.samples_per_solution,
+            settings=settings(config, config.verify),
+            seed=config.seed,
+            path=path / VERIFIED,
+            model=model.name,
+            chunk_size=config.verify.chunk_size,
+            on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
+        )
+
+    verified = processes.lead(verify, text_sampler(model, launch.decode_options(config)))
+    return finish(config, task, folder, problems, solutions, verified)
+
+
+def finish(
+    config: Config,
+    task: tasks.Task,
+    folder: RunFolder,
+    problems: Sequence[Problem],
+    solutions: Sequence[Solution],
+    verified: Sequence[VerifiedSolution],
+) -> dict[str, Any]:
+    """Writes and returns the summary of a run whose records are all there."""
     labelled = tasks.with_labels(task, problems, solutions)
     summary = {
         "num_problems": len(problems),
@@ -76,9 +108,38 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "by_sample_count": by_sample_count(config, verified, labelled),
     }
     folder.write_summary(summary)
-    num_samples = config.verify.samples_per_solution
-    plots.stage1_summary(summary, folder.plots, num_samples=num_samples)
+    if processes.is_main():
+        num_samples = config.verify.samples_per_solution
+        plots.stage1_summary(summary, folder.plots, num_samples=num_samples)
     return summary
+
+
+def all_problems(config: Config, task: tasks.Task) -> list[Problem]:
+    return task.problems(config.generate.num_problems, config.seed, "train")
+
+
+def shard_folder(config: Config, path: Path) -> Path:
+    """Where a part of the run of the folder `path` lies; the folder itself for all of it."""
+    index, count = config.generate.shard
+    return path if count == 1 else path / f"shard_{index}_of_{count}"
+
+
+def shard_of(config: Config, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems of `generate.shard`: whole chunks of both passes, so that what is sampled, and
+    the seeds it is sampled with, are those of a run that makes all of it.
+
+    Raises ConfigError where there are fewer such blocks than shards.
+    """
+    index, count = config.generate.shard
+    block = math.lcm(config.generate.chunk_size, config.verify.chunk_size)
+    blocks = -(-len(problems) // block)
+    if blocks < count:
+        raise launch.ConfigError(
+            f"generate.shard={(index, count)}: {len(problems)} problems are {blocks} blocks of "
+            f"{block}, the least common multiple of generate.chunk_size and verify.chunk_size; "
+            f"make at most {blocks} shards, or smaller chunks"
+        )
+    return list(problems[index * blocks // count * block : (index + 1) * blocks // count * block])
 
 
 SOLUTIONS, VERIFIED = "solutions.jsonl", "verified.jsonl"
@@ -106,6 +167,12 @@ def load(
         raise launch.ConfigError(
             f"prm.data={str(path)!r} was made with other task_options: {differing}; it had "
             f"{[theirs.get(name) for name in differing]}"
+        )
+    index, count = made_with["generate"].get("shard", (0, 1))
+    if count > 1:
+        raise launch.ConfigError(
+            f"prm.data={str(path)!r} is part {index} of {count}; give the folder that "
+            "merge_verifications made of all of them"
         )
     problems = task.problems(made_with["generate"]["num_problems"], made_with["seed"], "train")
     solutions = read_jsonl(path / SOLUTIONS, Solution)

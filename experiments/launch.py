@@ -12,19 +12,23 @@ import difflib
 import functools
 import importlib.resources
 import importlib.util
+import logging
 import os
 import re
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import absl.logging
 import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import app
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from spark_jax import decoding, tokenizers
@@ -34,11 +38,13 @@ from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.evaluation.benchmarks import ANSWER_FROM
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel import mesh as meshes
+from spark_jax.parallel import processes
 from spark_jax.prm.evaluate import JUDGE_KINDS
 from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE, REWARDS_THAT_NEED_REFERENCES
 from spark_jax.text_generation import DecodeOptions, TextModel
-from spark_jax.training import optimizer
+from spark_jax.training import optimizer, preemption, spread
 from spark_jax.training.policy import Objective
 from spark_jax.training.run_folder import OtherRun
 from spark_jax.verification.aggregate import AGGREGATIONS
@@ -59,22 +65,38 @@ def main(run: Callable[[Config, Path], Any], *checks: Callable[[Config], None]) 
     flag = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 
     def start(_: Sequence[str]) -> None:
-        absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
+        _refuse("several processes", processes.start)
+        _refuse("preemption", preemption.listen)
+        quiet_unless_main()
         for check in (check_common, *checks):
             check(flag.value)
         run(flag.value, Path(flag.value.run_dir))
+        processes.finish()
 
     def guarded(arguments: Sequence[str]) -> None:
         try:
             start(arguments)
         except (ConfigError, OtherRun, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            _end_among_others(error)
 
     try:
         arguments = check_arguments(sys.argv)
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     app.run(guarded, argv=arguments)
+
+
+def quiet_unless_main() -> None:
+    """Warnings and logs are written by process 0, errors by all."""
+    absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
+    if not processes.is_main():
+        absl.logging.set_verbosity(absl.logging.ERROR)
+        logging.getLogger().setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
@@ -133,6 +155,17 @@ def check_common(config: Config) -> None:
     _at_least(0, config, "seed")
 
 
+def check_mesh(config: Config, field: str, name: str, rows: int | None = None) -> None:
+    """`config.mesh` against the devices, the shape of a model, and the rows of a batch that are to
+    be spread. Hub ids are looked at when they are loaded, before their weights are."""
+    mesh = make_mesh(config)
+    if mesh is None:
+        return
+    if (model_config := _known_config(name)) is not None:
+        of = f"mesh and {field}={name!r}"
+        _refuse(of, lambda: meshes.check_fits(mesh, batch=rows, config=model_config))
+
+
 def check_stage1(config: Config) -> None:
     """`config.generate` and `config.verify`."""
     if not config.verify.methods:
@@ -143,10 +176,22 @@ def check_stage1(config: Config) -> None:
             _needs_references(config, f"verify.methods={method!r}")
     _at_least(1, config, "generate.num_problems", "generate.samples_per_problem")
     _at_least(1, config, "generate.chunk_size", "verify.chunk_size", "verify.samples_per_solution")
+    check_shard(config)
     for section in ("generate", "verify"):
         _sampling(config, section)
         if config[section].model is not None:
             _model_exists(f"{section}.model", config[section].model)
+        check_mesh(config, f"{section}.model", config[section].model or config.model)
+
+
+def check_shard(config: Config) -> None:
+    """`generate.shard`: which part of how many."""
+    shard = config.generate.shard
+    whole = len(shard) == 2 and all(isinstance(number, int) for number in shard)
+    if not whole or not 0 <= shard[0] < shard[1]:
+        raise ConfigError(
+            f"generate.shard={tuple(shard)}; give (i, n): the i-th of n parts, i from 0 to n - 1"
+        )
 
 
 def check_sft(config: Config) -> None:
@@ -165,6 +210,9 @@ def check_fine_tuning(config: Config, name: str) -> None:
     _at_least(1, config, f"{name}.steps", f"{name}.batch_size", f"{name}.max_length")
     _divides(f"{name}.batch_size", section.batch_size, section.accumulation_steps)
     _optimizer(f"{name}.optimizer", section.optimizer, section.steps)
+    _keeping(config, name)
+    rows = section.batch_size // section.accumulation_steps
+    check_mesh(config, f"{name}.model", section.get("model") or config.model, rows)
 
 
 def check_prm(config: Config) -> None:
@@ -187,7 +235,8 @@ def check_rl(config: Config) -> None:
         _choose("rl.format_checks", check, FORMAT_CHECKS)
     _check_rewards_fit(config)
     _at_least(1, config, "rl.steps", "rl.num_problems", "rl.prompts_per_step", "rl.epochs")
-    _at_least(1, config, "rl.evaluate_every", "rl.save_every", "rl.keep_checkpoints")
+    _at_least(1, config, "rl.evaluate_every")
+    _keeping(config, "rl")
     _at_least(2, config, "rl.group_size")  # a group of one has no advantage
     if rl.temperature != 1:
         raise ConfigError(
@@ -206,6 +255,11 @@ def check_rl(config: Config) -> None:
         raise ConfigError(f"rl.filter_low={low} is above rl.filter_high={high}; no group is left")
     _check_advantage_options(rl.advantage, given(rl.advantage_options))
     _optimizer("rl.optimizer", rl.optimizer, rl.steps)
+    # Packed rows are as many as fit; what is scored before it is packed has the rows of a rollout.
+    rows = rows * rl.minibatches if rl.pack else rows // rl.accumulation_steps
+    check_mesh(config, "model", config.model, rows)
+    if rl.reward_model:
+        check_mesh(config, "rl.reward_model", rl.reward_model)
     _refuse("rl.objective", lambda: Objective(**objective_fields(config)))
     check_evaluate(config)
 
@@ -223,6 +277,8 @@ def check_evaluate(config: Config) -> None:
             "knows nothing; set task to the one whose prompts are to be shown, such as 'gsm8k'"
         )
     _model_exists("evaluate.generator", evaluate.generator)
+    check_mesh(config, "model", config.model)
+    check_mesh(config, "evaluate.generator", evaluate.generator)
     _at_least(1, config, "evaluate.num_problems", "evaluate.samples_per_problem")
     _at_least(1, config, "evaluate.num_solutions", "evaluate.votes", "evaluate.chunk_size")
     for field in ("processbench.num_samples", "benchmarks.num_problems"):
@@ -248,6 +304,40 @@ def objective_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
+def make_mesh(config: Config) -> Mesh | None:
+    """The mesh of `config.mesh` over all devices of all processes; None where one device, the
+    first, is all that is asked for. ConfigError for one that does not fit, with the numbers."""
+    sizes = config.mesh.to_dict()
+    if jax.process_count() == 1 and set(sizes.values()) == {1}:
+        return None
+    try:
+        mesh = meshes.make_mesh(sizes)
+    except ValueError as error:
+        raise ConfigError(f"mesh: {error}") from error
+    return None if mesh.size == 1 else mesh
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def on_mesh(run: Run) -> Run:
+    """An experiment's `run(config, ...)`, in the scope of the mesh that its configuration asks for.
+
+    The mesh is no part of what a run is: its folder does not depend on it, and a run may go on over
+    another one.
+    """
+
+    @functools.wraps(run)
+    def in_scope(config: Config, *args: Any, **options: Any) -> Any:
+        mesh = make_mesh(config)
+        if mesh is None:
+            return run(config, *args, **options)
+        with jax.set_mesh(mesh):
+            return run(config, *args, **options)
+
+    return cast(Run, in_scope)
+
+
 class Loaded(NamedTuple):
     """A checkpoint: parameters (stacked), configuration, tokenizer, tokens that end a response."""
 
@@ -258,17 +348,17 @@ class Loaded(NamedTuple):
 
 
 def load_model(name: str, *, dtype: str = "float32", compute_dtype: str | None = None) -> Loaded:
-    """The model of that name (see `model_path`), its parameters in `dtype`, computing in
-    `compute_dtype`, the same where not given."""
+    """The model of that name (see `model_path`), its parameters in `dtype` and spread over the mesh
+    in scope, computing in `compute_dtype`, the same where not given."""
     with _LOADING:
         if name == "arithmetic_chains":
             from spark_jax.data.arithmetic_chains import base
 
-            params, config, tokenizer = base.load()
+            params, config, tokenizer = base.load(mesh=spread.mesh())
             return Loaded(params, config, tokenizer, (tokenizer.eos_token_id,))
         try:
             path = model_path(name)
-            params, config = checkpoints.load(path, dtype=dtype)
+            params, config = checkpoints.load(path, dtype=dtype, mesh=spread.mesh())
             tokenizer = tokenizers.load(path)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"model {name!r}: {error}") from error
@@ -302,7 +392,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 
 def save_model(path: Path, model: Loaded) -> None:
-    """Writes what `load_model`, transformers and vLLM load."""
+    """Writes what `load_model`, transformers and vLLM load. All processes call it."""
     checkpoints.save_hf(path, model.params, model.config, model.tokenizer, stop_ids=model.stop_ids)
 
 
@@ -347,7 +437,8 @@ def decode_options(config: Config) -> DecodeOptions:
 
 
 def sub_config(config: Config, *sections: str, **changes: Any) -> Config:
-    """What one stage needs of a larger configuration: its folder depends on nothing else."""
+    """What one stage needs of a larger configuration: its folder depends on nothing else, not on
+    the mesh either."""
     names = ("seed", "task", "task_options", "model", "dtype", "chat", "decode", *sections)
     part = ml_collections.ConfigDict({name: config[name] for name in names})
     return changed(part, changes)
@@ -458,6 +549,13 @@ def _sampling(config: Config, section: str) -> None:
     _refuse(section, lambda: sampling.per_prompt(1))
 
 
+def _keeping(config: Config, name: str) -> None:
+    """How often a section saves, and what it keeps."""
+    _at_least(1, config, f"{name}.save_every", f"{name}.keep_checkpoints")
+    if config[name].keep_every is not None:
+        _at_least(1, config, f"{name}.keep_every")
+
+
 def _optimizer(field: str, config: Config, steps: int) -> None:
     _refuse(field, lambda: optimizer.make({**config, "total_steps": steps}))
 
@@ -477,6 +575,30 @@ def _model_exists(field: str, name: str) -> None:
         f"{field}={name!r} is no checkpoint folder (with a config.json), no GGUF file, no hub id "
         f"(owner/name), nor one of {SHIPPED_MODELS}"
     )
+
+
+def _known_config(name: str) -> ModelConfig | None:
+    """The shape of a model that is here already, None of one that is not."""
+    if name == "arithmetic_chains":
+        from spark_jax.data.arithmetic_chains import base
+
+        return checkpoints.read_config(base.PATH)
+    if name != SMOLLM2 and not Path(name).exists():
+        return None
+    return checkpoints.read_config(model_path(name))
+
+
+def _end_among_others(error: Exception) -> NoReturn:
+    """Ends this process of several at once: at a regular exit it would wait for the others."""
+    traceback.print_exception(error)
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} ends. If another one died "
+        "first, its log says why. Start all of them again: the run goes on from its last "
+        "checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _fields(config: Config, prefix: str = "") -> list[str]:

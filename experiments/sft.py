@@ -19,24 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
 from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.parallel import processes
 from spark_jax.prm.examples import tokenize_examples
 from spark_jax.reports import plots
-from spark_jax.training import optimizer, state
+from spark_jax.training import optimizer, spread
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
+from spark_jax.training.preemption import Preempted, Watch
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.training.sft import SFTBatch, index_targets, pack, sft_step
 
-SAVE_EVERY = 100
 
-
+@launch.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Fine-tunes `config.model` in the folder `path`; returns its summary. Progress: updates."""
     launch.check_sft(config)
@@ -51,7 +52,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     )
     launch.save_model(path / "model", loaded._replace(params=params))
     folder.write_summary(summary)
-    plots.training_curves(path / "metrics.jsonl", folder.plots)
+    if processes.is_main():
+        plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
 
 
@@ -93,24 +95,38 @@ def fine_tune(
         else index_targets(SFTBatch(arrays["tokens"], arrays["loss_mask"]))
     )
     order = batch_order(len(batches.tokens), section.batch_size, seed)
-    train = state.create(loaded.params, make_optimizer(section), jax.random.key(seed))
-    update = compiled_step(
-        loaded.config, json.dumps(optimizer_settings(section)), section.accumulation_steps
+    train = spread.new_state(
+        loaded.params, make_optimizer(section), jax.random.key(seed), loaded.config
     )
-    with Checkpoints(folder.checkpoints, keep=1) as saved, MetricsWriter(folder.path) as metrics:
+    update = compiled_step(
+        loaded.config,
+        json.dumps(optimizer_settings(section)),
+        section.accumulation_steps,
+    )
+    keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every}
+    with (
+        Checkpoints(folder.checkpoints, **keep) as saved,
+        MetricsWriter(folder.path) as metrics,
+        Watch() as watch,
+    ):
         restored = saved.restore_latest(train)
         if restored is not None:
-            train, _ = restored
+            train, extra = restored
+            folder.check_identity(extra)
         metrics.truncate_after(int(train.step))
+        watch.release()  # every update takes over the state's memory at once
         for step in range(int(train.step) + 1, section.steps + 1):
-            rows = order[step - 1]
-            batch = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), batches)
-            train, values = update(train, batch)
+            batch = jax.tree.map(lambda x, at=order[step - 1]: x[at], batches)
+            train, values = update(train, spread.rows(batch))
             metrics.scalars(step, {f"train/{name}": value for name, value in values.items()})
-            if step % SAVE_EVERY == 0 or step == section.steps:
-                saved.save(step, train)
+            last, stop = step == section.steps, watch.asked()
+            if step % section.save_every == 0 or last or stop:
+                saved.save(step, train, folder.identity | {"data": {"seed": seed, "batch": step}})
             if on_progress:
                 on_progress(step, section.steps)
+            if stop and not last:
+                saved.wait()
+                raise Preempted(0)
     return train.params, counts | {"skipped_updates": int(train.skipped)}
 
 
@@ -118,16 +134,22 @@ def make_optimizer(section: Config) -> Any:
     return optimizer.make(optimizer_settings(section))
 
 
-@functools.lru_cache(maxsize=8)
 def compiled_step(model_config: Any, optimizer_settings: str, accumulation_steps: int) -> Any:
-    """One compiled SFT step per setting, shared by all runs of a process."""
+    """One compiled SFT step per setting and mesh in scope, shared by all runs of a process."""
+    return _compiled_step(model_config, optimizer_settings, accumulation_steps, spread.mesh())
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_step(
+    model_config: Any, optimizer_settings: str, accumulation_steps: int, _: Mesh | None
+) -> Any:
     step = functools.partial(
         sft_step,
         model_config=model_config,
         optimizer=optimizer.make(json.loads(optimizer_settings)),
         accumulation_steps=accumulation_steps,
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(spread.kept_in_place(step, model_config), donate_argnums=0)
 
 
 def optimizer_settings(section: Config) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from typing import Any
 from spark_jax.data import tasks
 from spark_jax.experiments import evaluate, generate_verifications, launch, sft
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.parallel import processes
 from spark_jax.prm.targets import TrainingPair, aggregated_by, training_pairs
 from spark_jax.reports import plots
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import balance
 
 
+@launch.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
     launch.check_prm(config)
@@ -45,7 +47,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "held_out": evaluate.reward_model_scores(config, shown, model, config.prm.kind, *held_out),
     }
     folder.write_summary(summary)
-    plots.training_curves(path / "metrics.jsonl", folder.plots)
+    if processes.is_main():
+        plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
 
 

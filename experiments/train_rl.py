@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spark_jax import decoding
 from spark_jax.advantages import (
@@ -39,10 +40,12 @@ from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import evaluate, launch
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel import processes, sharding
 from spark_jax.reports import plots
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
     REWARDS,
+    REWARDS_THAT_GRADE,
     REWARDS_THAT_JUDGE,
     REWARDS_THAT_NEED_REFERENCES,
     Judged,
@@ -66,11 +69,12 @@ from spark_jax.text_generation import (
     sample_rollout,
     text_sampler,
 )
-from spark_jax.training import optimizer, state
+from spark_jax.training import optimizer, spread
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
+from spark_jax.training.preemption import Preempted, Watch
 from spark_jax.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,7 @@ logger = logging.getLogger(__name__)
 NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
 
 
+@launch.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
     launch.check_rl(config)
@@ -97,15 +102,18 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     update = compiled_step(model_config, json.dumps(update_settings(config)))
     if reference is initial:  # the updates take over the memory of what they start from
         initial = jax.tree.map(jnp.copy, initial)
-    train = state.create(initial, make_optimizer(config), _key(config))
+    train = spread.new_state(initial, make_optimizer(config), _key(config), model_config)
 
+    keep = {"keep": config.rl.keep_checkpoints, "keep_every": config.rl.keep_every}
     with (
-        Checkpoints(folder.checkpoints, keep=config.rl.keep_checkpoints) as saved,
+        Checkpoints(folder.checkpoints, **keep) as saved,
         MetricsWriter(path) as metrics,
+        Watch() as watch,
     ):
         restored = saved.restore_latest(train)
         if restored is not None:
             train, extra = restored
+            folder.check_identity(extra)
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
         policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
@@ -115,6 +123,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             metrics.scalars(0, evaluation_metrics(scores))
 
         for step in range(first, config.rl.steps + 1):
+            at = position(config, folder, step - 1)
+            watch.hold(functools.partial(saved.ensure, step - 1, train, at))
             batch_problems = [
                 problems[i] for i in order[step - 1] for _ in range(config.rl.group_size)
             ]
@@ -130,6 +140,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             unmoved = int(train.step) == 0 and not config.rl.reference_model
             batch, values = make_batch(config, rollout, inputs, unmoved)
             updates = []
+            watch.release()
             for part in minibatches(config, batch):
                 if part.mask.any():  # groups may all have been filtered out
                     train, update_values = update(train, packed(config, part))
@@ -142,13 +153,17 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 scores = evaluate.policy_scores(config, task, policy)
                 values |= evaluation_metrics(scores)
             metrics.scalars(step, values)
-            _write_samples(
-                folder.samples / f"step_{step:06d}.jsonl", batch_problems, samples, rewards
-            )
-            if step % config.rl.save_every == 0 or step == config.rl.steps:
-                saved.save(step, train, {"rollouts": step})
+            if processes.is_main():
+                samples_path = folder.samples / f"step_{step:06d}.jsonl"
+                _write_samples(samples_path, batch_problems, samples, rewards)
+            last, stop = step == config.rl.steps, watch.asked()
+            if step % config.rl.save_every == 0 or last or stop:
+                saved.save(step, train, position(config, folder, step))
             if on_progress:
                 on_progress(step, config.rl.steps)
+            if stop and not last:
+                saved.wait()
+                raise Preempted(0)
 
     launch.save_model(path / "model", loaded._replace(params=train.params))
     summary = {
@@ -157,8 +172,21 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "skipped_updates": int(train.skipped),
     }
     folder.write_summary(summary)
-    plots.training_curves(path / "metrics.jsonl", folder.plots)
+    if processes.is_main():
+        plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
+
+
+def position(config: Config, folder: RunFolder, rollouts: int) -> dict[str, Any]:
+    """What a checkpoint notes beside the state: which run it is of, and where that run stands.
+
+    The rollout that is pending is drawn from a seed and its own number alone, and the problems it
+    is drawn for are the batch of that number: these are all there is to know of it.
+    """
+    return folder.identity | {
+        "rollouts": rollouts,
+        "pending_rollout": {"seed": config.seed, "step": rollouts + 1, "batch": rollouts},
+    }
 
 
 def without_too_long(
@@ -245,7 +273,25 @@ def compute_rewards(
         judgements=judged.judgements if config.rl.reward in REWARDS_THAT_JUDGE else None,
         seed=config.seed * 1_000_003 + step,
     )
+    if config.rl.reward in REWARDS_THAT_GRADE:
+        return graded_together(config.rl.reward, inputs)
     return REWARDS[config.rl.reward](inputs)
+
+
+def graded_together(reward: str, inputs: RewardInputs) -> np.ndarray:
+    """A reward whose rows depend on their own group alone, every process grading its share."""
+
+    def grade(groups: Sequence[int]) -> list[Any]:
+        if not groups:
+            return []
+        size = inputs.group_size
+        rows = slice(groups[0] * size, (groups[-1] + 1) * size)
+        names = ("problems", "responses", "format_ok")
+        part = {name: getattr(inputs, name)[rows] for name in names}
+        return np.split(REWARDS[reward](dataclasses.replace(inputs, **part)), len(groups))
+
+    groups = range(len(inputs.responses) // inputs.group_size)
+    return np.concatenate(processes.share(groups, grade))
 
 
 def advantage_inputs(
@@ -330,12 +376,13 @@ def made_in_step(config: Config) -> bool:
 
 
 def packed(config: Config, batch: PolicyBatch) -> PolicyBatch | PackedPolicyBatch:
-    """The batch of one update, several responses to a row where `rl.pack` is set."""
+    """The batch of one update, several responses to a row where `rl.pack` is set; its rows spread
+    over the mesh, if there is one."""
     if not config.rl.pack:
-        return batch
+        return batch if spread.mesh() is None else spread.rows(batch)
     objective = Objective(**launch.objective_fields(config))
-    rows = pack_policy_batch(batch, objective, rows_multiple_of=config.rl.accumulation_steps)
-    return jax.tree.map(jnp.asarray, rows)
+    multiple = config.rl.accumulation_steps * sharding.batch_shards()
+    return spread.rows(pack_policy_batch(batch, objective, rows_multiple_of=multiple))
 
 
 def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -377,8 +424,13 @@ def truth_metrics(
 ) -> dict[str, float]:
     """What the run may look at but never learn from: accuracy against the references, and
     how often the reward model disagrees with it; {} where a problem has no reference."""
-    texts = [sample.text for sample in samples]
-    right = in_threads(functools.partial(evaluate.is_right, task), problems, texts)
+
+    def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
+        texts = [sample.text for _, sample in rows]
+        is_right = functools.partial(evaluate.is_right, task)
+        return in_threads(is_right, [problem for problem, _ in rows], texts)
+
+    right = processes.share(list(zip(problems, samples, strict=True)), grade)
     if any(hit is None for hit in right):  # a problem without a reference: nothing to look at
         return {}
     metrics = {"truth/accuracy": float(np.mean(right))}
@@ -391,9 +443,13 @@ def needs_reference_policy(config: Config) -> bool:
     return config.rl.advantage in NEEDS_PROCESS_REWARDS or config.rl.objective.kl_coefficient > 0
 
 
-@functools.lru_cache(maxsize=16)
 def compiled_step(model_config: Any, settings: str) -> Any:
-    """One compiled policy step per setting, shared by all runs of a process."""
+    """One compiled policy step per setting and mesh in scope, shared by all runs of a process."""
+    return _compiled_step(model_config, settings, spread.mesh())
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_step(model_config: Any, settings: str, _: Mesh | None) -> Any:
     values = json.loads(settings)
     step = functools.partial(
         policy_step,
@@ -405,15 +461,16 @@ def compiled_step(model_config: Any, settings: str) -> Any:
         if values["made_in_step"]
         else None,
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(spread.kept_in_place(step, model_config), donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_score(model_config: Any) -> Any:
-    """Log-probs of responses under a fixed policy, compiled."""
+    """Log-probs of responses under a fixed policy, compiled; whole on every device."""
 
     def score(params: Any, *arrays: Any) -> Any:
-        return response_logprobs_and_entropy(params, model_config, *arrays)
+        scored = response_logprobs_and_entropy(params, model_config, *arrays)
+        return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), scored)
 
     return jax.jit(score)
 
@@ -494,7 +551,8 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
 def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:
     prompts = (rollout.prompt_tokens, rollout.prompt_mask)
     tokens, mask = (jnp.repeat(x, config.rl.group_size, axis=0) for x in prompts)
-    return compiled_score(model_config)(params, tokens, mask, rollout.tokens, rollout.mask)[0]
+    arrays = (tokens, mask, rollout.tokens, rollout.mask)
+    return compiled_score(model_config)(params, *spread.rows(arrays))[0]
 
 
 def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:

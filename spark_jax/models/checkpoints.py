@@ -6,6 +6,7 @@ GGUF files are read: no pickle, no code of the checkpoint's.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from spark_jax.models import config as model_config
@@ -27,7 +28,7 @@ from spark_jax.models.config import ModelConfig
 from spark_jax.models.hf_layout import EMBEDDING, HEAD, Place
 from spark_jax.models.placement import BLOCK_SIZE, Target
 from spark_jax.models.transformer import Layer, Params
-from spark_jax.parallel import sharding
+from spark_jax.parallel import processes, sharding
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,18 +55,26 @@ def load(
         name and file; a mesh that does not divide the parameters.
     """
     path = resolve(path_or_repo)
+    config = read_config(path, dtype=dtype)
     stored: Iterable[_Stored]
     if path.is_file():
         from spark_jax.models import gguf
 
-        config = _config(path, gguf.hf_config(path), dtype)
         stored = (_Stored(name, path, array) for name, array in gguf.tensors(path))
     else:
-        config = _config(path / "config.json", _read_json(path / "config.json"), dtype)
         files = _weight_files(path)
         _check_files(files, config)
         stored = _stored(files)
     return _assemble(stored, config, mesh, source=path), config
+
+
+def read_config(path: Path, *, dtype: str = "float32") -> ModelConfig:
+    """The configuration alone of a checkpoint directory or GGUF file. Raises as `load`."""
+    if path.is_file():
+        from spark_jax.models import gguf
+
+        return _config(path, gguf.hf_config(path), dtype)
+    return _config(path / "config.json", _read_json(path / "config.json"), dtype)
 
 
 def save_hf(
@@ -81,7 +90,8 @@ def save_hf(
 
     Weights keep the parameters' dtype and go in files of at most `max_shard_bytes` (one tensor at
     least), one file in memory at a time. An export already in `path` is removed first; config.json
-    comes last, so a folder that has it is complete.
+    comes last, so a folder that has it is complete. Of several processes all call it, and gather
+    tensor by tensor what the first one writes.
 
     Args:
       params: stacked layers, in float32 or bfloat16.
@@ -97,9 +107,12 @@ def save_hf(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}; it must be at least 1")
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    _remove_export(path)
+    if processes.is_main():
+        path.mkdir(parents=True, exist_ok=True)
+        _remove_export(path)
     _write_weights(path, params, config, max_shard_bytes)
+    if not processes.is_main():
+        return
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     generation = _generation(tokenizer, stop_ids)
@@ -335,8 +348,6 @@ def _check_params(params: Params, config: ModelConfig) -> np.dtype:
         shape = needed[name].shape
         if (array.shape, array.dtype) != (shape, dtype):
             raise ValueError(f"{name} is {array.dtype} {array.shape}, needs {dtype} {shape}")
-        if not array.is_fully_addressable:
-            raise ValueError(f"{name} lies on other processes too; gather the parameters first")
     return dtype
 
 
@@ -405,6 +416,19 @@ def _shard_file(index: int, count: int) -> str:
 @jax.jit
 def _layer(stacked: Float[Array, "N *shape"], index: Int[Array, ""]) -> Float[Array, "*shape"]:
     return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+
+
+def _gathered(array: Array) -> Array:
+    """An array of which other processes hold a part, whole on every device; others as they are."""
+    if array.is_fully_addressable:
+        return array
+    lies: Any = array.sharding  # over several processes: a NamedSharding
+    return _whole(array, sharding.replicated(lies.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(array: Float[Array, "..."], where: NamedSharding) -> Float[Array, "..."]:
+    return jax.lax.with_sharding_constraint(array, where)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -71,6 +71,7 @@ REWARDS_THAT_JUDGE: dict[str, tuple[RewardKind, ...]] = {
     "step_average": ("prm", "prm_cot"),
 }
 REWARDS_THAT_NEED_REFERENCES = frozenset({"rule_based"})
+REWARDS_THAT_GRADE = frozenset({"rule_based", "majority_vote"})  # group by group, and slowly
 
 
 # --- asking the reward model ---------------------------------------------------------------------

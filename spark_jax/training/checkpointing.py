@@ -93,6 +93,12 @@ class Checkpoints:
             force=True,
         )
 
+    def ensure(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Returns when a checkpoint of the step is on disk."""
+        if step not in self.steps():
+            self.save(step, state, extra)
+        self.wait()
+
     def wait(self) -> None:
         """Returns when every checkpoint is on disk."""
         self._manager.wait_until_finished()

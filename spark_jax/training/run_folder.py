@@ -95,6 +95,12 @@ class RunFolder:
             _write_json(self.path / "summary.json", value)
 
 
+def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Where a folder's configuration and another one, both of JSON values, differ: a line a field,
+    named with dots."""
+    return _differences(_fields(config), _fields(_json_value(other, "config")))
+
+
 def versions() -> dict[str, str]:
     """What a run's bits depend on besides its configuration. Starts the JAX backend."""
     import jax
@@ -135,17 +141,20 @@ def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:
         old = _fields(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); mend it or use another folder") from error
-    new = _fields(config)
-    changes = [
-        f"  {field}: {_show(old, field)} in the folder, {_show(new, field)} now"
-        for field in sorted(old.keys() | new.keys())
-        if _show(old, field) != _show(new, field)
-    ]
+    changes = [f"  {line}" for line in _differences(old, _fields(config))]
     if changes:
         raise OtherRun(
             f"{path.parent} holds a run with another configuration; use another folder, or the "
             "configuration it was started with:\n" + "\n".join(changes)
         )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{field}: {_show(old, field)} in the folder, {_show(new, field)} now"
+        for field in sorted(old.keys() | new.keys())
+        if _show(old, field) != _show(new, field)
+    ]
 
 
 def _refuse_orphaned_results(path: Path) -> None:
@@ -208,7 +217,7 @@ def _plain_scalars(value: Any) -> Any:
 
 def _fields(value: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted name; an empty dict is a leaf, a list too."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, Mapping) or not value:
         return {prefix or "config": value}
     fields: dict[str, Any] = {}
     for key, item in value.items():

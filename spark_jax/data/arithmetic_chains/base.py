@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
     from spark_jax.models.config import ModelConfig
@@ -18,9 +19,10 @@ MAKE = "python -m spark_jax.experiments.pretrain --output={path}"
 
 
 def load(
-    path: str | Path = PATH,
+    path: str | Path = PATH, *, mesh: Mesh | None = None
 ) -> tuple[Params, ModelConfig, PreTrainedTokenizerFast]:
-    """Parameters, configuration and tokenizer of a base, by default the one shipped.
+    """Parameters, configuration and tokenizer of a base, by default the one shipped; with a mesh,
+    the parameters lie spread over it.
 
     Raises:
         FileNotFoundError: no checkpoint in `path`; names the command that makes it.
@@ -31,7 +33,7 @@ def load(
     if not (Path(path) / checkpoints.WEIGHTS).is_file():
         command = MAKE.format(path=path)
         raise FileNotFoundError(f"no base model in {path}; make it (some minutes): {command}")
-    params, config = checkpoints.load(path)
+    params, config = checkpoints.load(path, mesh=mesh)
     tokenizer = load_tokenizer()
     if config.vocab_size != len(tokenizer):
         raise ValueError(

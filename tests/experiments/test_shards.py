@@ -1,0 +1,119 @@
+"""Stage I in parts: what is merged is, byte for byte, what one run makes."""
+
+import json
+import shutil
+
+import pytest
+
+from spark_jax.experiments import generate_verifications, launch, merge_verifications, train_prm
+from spark_jax.training.run_folder import OtherRun
+
+FILES = ("solutions.jsonl", "verified.jsonl", "summary.json", "config.json")
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    changes = {"generate.num_problems": 7, "verify.methods": ("single", "step_consistency")}
+    return launch.changed(tiny, changes | {"verify.chunk_size": 1})
+
+
+def part(config, index, count):
+    return launch.changed(config, {"generate.shard": (index, count)})
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    generate_verifications.run(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("parts")
+    for index in (2, 0, 1):
+        generate_verifications.run(part(config, index, 3), path)
+    return path
+
+
+@pytest.fixture
+def parts(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "parts")
+    return tmp_path / "parts"
+
+
+def test_merged_parts_are_the_whole_run(config, whole, parts, tiny):
+    sizes = [
+        json.loads((parts / f"shard_{i}_of_3" / "summary.json").read_text())["num_problems"]
+        for i in range(3)
+    ]
+    assert sizes == [2, 2, 3]
+    merge_verifications.run(config, parts)
+    for name in FILES:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    task = launch.load_task(config)
+    loaded = generate_verifications.load(launch.changed(tiny, {"prm.data": str(parts)}), task)
+    assert [len(items) for items in loaded] == [7, 14, 14]
+    assert merge_verifications.run(config, parts)["num_problems"] == 7  # again: nothing to do
+
+
+def test_a_part_is_no_data_for_a_reward_model(tiny, shards, tmp_path):
+    changes = {"prm.data": str(shards / "shard_0_of_3")}
+    with pytest.raises(launch.ConfigError, match=r"is part 0 of 3; .*merge_verifications"):
+        train_prm.run(launch.changed(tiny, changes), tmp_path)
+
+
+def test_records_twice_count_once(config, whole, parts, caplog):
+    file = parts / "shard_1_of_3" / "verified.jsonl"
+    file.write_text(file.read_text() + file.read_text())
+    merge_verifications.run(config, parts)
+    assert (parts / "verified.jsonl").read_bytes() == (whole / "verified.jsonl").read_bytes()
+    assert "verified.jsonl: 4 records were there twice" in caplog.text
+
+
+def test_missing_and_unfinished_parts_are_named(config, parts):
+    shutil.rmtree(parts / "shard_2_of_3")
+    (parts / "shard_0_of_3" / "summary.json").unlink()
+    message = r"\['shard_0_of_3', 'shard_2_of_3'\] are missing or not finished"
+    with pytest.raises(FileNotFoundError, match=message):
+        merge_verifications.run(config, parts)
+    for shard in parts.iterdir():
+        shutil.rmtree(shard)
+    with pytest.raises(FileNotFoundError, match="holds no shard_<i>_of_<n>"):
+        merge_verifications.run(config, parts)
+
+
+def test_parts_of_other_runs_are_refused(config, parts):
+    with pytest.raises(OtherRun, match=r"shard_0_of_3 .*\n  seed: 0 in the folder, 5 now"):
+        merge_verifications.run(launch.changed(config, {"seed": 5}), parts)
+    shutil.rmtree(parts / "shard_2_of_3")
+    shutil.copytree(parts / "shard_1_of_3", parts / "shard_2_of_3")
+    with pytest.raises(OtherRun, match=r"shard_2_of_3 .*\n  generate.shard: \[1, 3\] in the"):
+        merge_verifications.run(config, parts)
+    shutil.copytree(parts / "shard_1_of_3", parts / "shard_0_of_2")
+    with pytest.raises(launch.ConfigError, match=r"shards of \[2, 3\]; parts of two divisions"):
+        merge_verifications.run(config, parts)
+
+
+def test_contents_that_do_not_fit_are_refused(config, parts):
+    file = parts / "shard_1_of_3" / "solutions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines) + lines[0].replace('"finished": true', '"finished": false'))
+    with pytest.raises(launch.ConfigError, match=r"solutions.jsonl:5: .* twice, with different"):
+        merge_verifications.run(config, parts)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(
+        launch.ConfigError, match=r"1 records of solutions.jsonl, such as .*missing"
+    ):
+        merge_verifications.run(config, parts)
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0,), (0.0, 2)])
+def test_impossible_shards_are_refused(config, shard):
+    with pytest.raises(launch.ConfigError, match="generate.shard="):
+        launch.check_stage1(launch.changed(config, {"generate.shard": shard}))
+
+
+def test_more_shards_than_blocks_are_refused(config, tmp_path):
+    with pytest.raises(launch.ConfigError, match=r"7 problems are 4 blocks of 2.*at most 4 shards"):
+        generate_verifications.run(part(config, 0, 5), tmp_path)
