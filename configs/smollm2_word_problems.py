@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     config.chat.system = "You are careful."
     config.decode.update(dict(max_new_tokens=192, slots=48))
 
-    config.sft.update(dict(num_examples=3000, steps=160, batch_size=8, max_length=384, pack=True))
+    config.sft.update(dict(num_examples=2400, steps=120, batch_size=8, max_length=384, pack=True))
     config.sft.optimizer.update(dict(learning_rate=3e-4, schedule="cosine", warmup_steps=8))
 
-    config.generate.update(dict(num_problems=96, samples_per_problem=2, chunk_size=48))
+    config.generate.update(dict(num_problems=64, samples_per_problem=2, chunk_size=48))
     config.verify.update(
         dict(
             methods=("step_consistency",),  # of one sample, it is the verification itself
@@ -35,16 +35,16 @@ def get_config() -> ConfigDict:
             chunk_size=24,
         )
     )
-    config.prm.update(dict(steps=40, batch_size=8, max_length=384, pack=True))
+    config.prm.update(dict(steps=24, batch_size=8, max_length=384, pack=True))
     config.prm.optimizer.update(dict(learning_rate=5e-5, warmup_steps=2))
 
     config.rl.update(
         dict(
-            steps=12,
+            steps=8,
             num_problems=512,
-            prompts_per_step=6,
+            prompts_per_step=4,
             group_size=6,
-            evaluate_every=12,
+            evaluate_every=8,
             save_every=4,
             keep_checkpoints=1,
         )

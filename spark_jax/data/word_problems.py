@@ -27,9 +27,10 @@ from spark_jax.verification.parse import format_verification
 OPERATIONS = (3, 4)  # per problem
 LARGEST = 40  # no value of a right solution is larger, or smaller than 2
 # Shares of wrong steps in the examples' solutions: in those to be imitated, so that a policy errs
-# in more than one way and its groups differ; in those to be verified, so that copying does not pay.
+# in more than one way and its groups differ; in every other of those to be verified, so that
+# copying does not pay. The rest are right, so that the overall verdict is as often Yes as No.
 WRONG_STEP = 0.15
-WRONG_STEP_VERIFIED = 0.4
+WRONG_STEP_VERIFIED = 0.5
 # How those differ from the right value or operand: a slip, or a lost carry.
 SLIPS = (-1, 1, -2, 2, -3, 3, -10, 10)
 
@@ -233,8 +234,8 @@ def write_verification(chain: Chain, steps: list[Step]) -> Verification:
 def examples(num: int, seed: int, text_format: TextFormat) -> list[Example]:
     """`num` supervised examples from train problems: a solution and two verifications in turn.
 
-    Solutions err in `WRONG_STEP` of their steps; the verifications are true ones of solutions that
-    err in `WRONG_STEP_VERIFIED`.
+    Solutions err in `WRONG_STEP` of their steps; the verifications are true ones, of a right
+    solution and of one that errs in `WRONG_STEP_VERIFIED`.
     """
     rng = random.Random(f"word problems examples {seed}")
     made = []
@@ -242,7 +243,8 @@ def examples(num: int, seed: int, text_format: TextFormat) -> list[Example]:
         chain = read_question(problem.question)
         shown = dataclasses.replace(problem, answer=None)
         solving = position % 3 == 0
-        steps = noisy_solution(chain, WRONG_STEP if solving else WRONG_STEP_VERIFIED, rng)
+        wrong = (WRONG_STEP, 0.0, WRONG_STEP_VERIFIED)[position % 3]
+        steps = noisy_solution(chain, wrong, rng)
         solution = write_solution(steps, steps[-1].value)
         if solving:
             made.append(Example(text_format.solve_prompt(shown), solution))

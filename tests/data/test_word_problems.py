@@ -103,7 +103,7 @@ def test_examples_are_solutions_that_err_at_times_and_true_verifications():
     by_prompt = {}
     for problem in words.problems(600, 3, "train"):
         by_prompt[problem.question] = problem
-    errors = {"imitated": 0, "verified": 0}
+    errors, yes = {"imitated": 0, "verified": 0}, 0
     for position, example in enumerate(words.examples(600, 3, CANONICAL)):
         problem = next(p for q, p in by_prompt.items() if q in example.prompt)
         if position % 3 == 0:
@@ -118,6 +118,8 @@ def test_examples_are_solutions_that_err_at_times_and_true_verifications():
             read = parse_verification(example.target, len(verdicts))
             assert (read.verdicts, read.overall) == (verdicts, right)
             errors["verified"] += verdicts.count(False)
+            yes += right
     assert 0.7 * words.WRONG_STEP < errors["imitated"] / (200 * 3.5) < 1.3 * words.WRONG_STEP
     wrong = words.WRONG_STEP_VERIFIED
-    assert 0.8 * wrong < errors["verified"] / (400 * 3.5) < 1.2 * wrong
+    assert 0.8 * wrong < errors["verified"] / (200 * 3.5) < 1.2 * wrong
+    assert 0.5 <= yes / 400 < 0.6
