@@ -8,7 +8,9 @@ temporaries are a few block · V floats instead of N · V.
 is faster where the scores of a block do not fit in VMEM, and slower where they do and XLA keeps
 them there (docs/performance.md). "pallas_gpu" needs no temporaries in the forward pass; it has been
 lowered for CUDA and interpreted but not timed on a GPU, and is taken only where it is asked for.
-A kernel is not partitioned by XLA: over several chips, call it inside `jax.shard_map`.
+
+With a mesh in scope each device walks its own tokens against its own share of the vocabulary, with
+any implementation; what is summed over devices is [N], never scores.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import AbstractMesh
+from jaxtyping import Array, Bool, Float, Int
+
+from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
 
 _VMEM_FOR_SCORES = 100 * 2**20  # bytes, of the 128 MiB of v5e and v6e
 
@@ -63,10 +68,13 @@ def linear_logprob_and_entropy(
     """As `linear_logprob`, with the entropy −Σ p log p of each row's distribution, in nats.
 
     Raises:
-      ValueError: an unknown implementation, or a matrix that does not fit hidden's width.
+      ValueError: an unknown implementation, a matrix that does not fit hidden's width, or tokens or
+        a vocabulary that the mesh in scope does not divide.
     """
+    mesh, vocab = mesh_in_scope(), vocab_matrix.shape[not vocab_major]
     if implementation is None:
-        implementation = default_implementation(vocab_matrix.shape[not vocab_major], block)
+        own = 1 if mesh is None else mesh.shape.get("tensor", 1)
+        implementation = default_implementation(vocab // own, block)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose from {list(IMPLEMENTATIONS)}")
     if vocab_matrix.shape[1 if vocab_major else 0] != hidden.shape[1]:
@@ -75,16 +83,69 @@ def linear_logprob_and_entropy(
             f"vocab_matrix of shape {vocab_matrix.shape} with hidden of shape {hidden.shape}; "
             f"expected {expected}"
         )
-    return IMPLEMENTATIONS[implementation](hidden, vocab_matrix, targets, block, vocab_major)
+    compute = IMPLEMENTATIONS[implementation]
+    if mesh is None:
+        return compute(hidden, vocab_matrix, targets, block, vocab_major)
+    return _on_mesh(compute, mesh, hidden, vocab_matrix, targets, block, vocab_major)
 
 
 def default_implementation(vocab: int, block: int) -> str:
-    """The kernel on a single TPU chip if a block's scores exceed its VMEM, else "xla".
+    """The kernel on TPU if the scores of a block over one chip's vocabulary exceed its VMEM, else
+    "xla".
 
-    On several devices "xla" too: a mesh may shard the arguments, and a kernel cannot follow that.
+    Without a mesh on several chips "xla" too: the arguments may be sharded all the same, and XLA
+    does not partition a kernel.
     """
-    one_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
-    return "pallas_tpu" if one_tpu and 4 * block * vocab > _VMEM_FOR_SCORES else "xla"
+    told = mesh_in_scope() is not None or jax.device_count() == 1
+    large = 4 * block * vocab > _VMEM_FOR_SCORES
+    return "pallas_tpu" if told and large and platform() == "tpu" else "xla"
+
+
+def _on_mesh(
+    compute: Callable[[Array, Array, Array, int, bool], LogProbs],
+    mesh: AbstractMesh,
+    hidden: Array,
+    vocab_matrix: Array,
+    targets: Array,
+    block: int,
+    vocab_major: bool,
+) -> LogProbs:
+    """Each device's tokens over each device's part of the vocabulary, which it gathers over `fsdp`
+    (so that the gradient is scattered over it); then the parts are joined over `tensor`."""
+    names = ("vocab", "width") if vocab_major else ("width", "vocab")
+    tokens = spec(hidden.shape, ("batch", None), mesh, "hidden")
+    matrix = spec(vocab_matrix.shape, names, mesh, "vocab_matrix")
+    vocab_axis, width_axis = names.index("vocab"), names.index("width")
+
+    def on_one_device(hidden: Array, matrix_part: Array, targets: Array) -> LogProbs:
+        if (over := matrix[width_axis]) is not None:
+            matrix_part = jax.lax.all_gather(matrix_part, over, axis=width_axis, tiled=True)
+        own, over = matrix_part.shape[vocab_axis], matrix[vocab_axis]
+        if over is None:
+            return compute(hidden, matrix_part, targets, block, vocab_major)
+        index = targets - own * jax.lax.axis_index(over)
+        here = (index >= 0) & (index < own)
+        part = compute(hidden, matrix_part, jnp.clip(index, 0, own - 1), block, vocab_major)
+        return _join(part, here, over)
+
+    rows = jax.sharding.PartitionSpec(tokens[0])
+    run = jax.shard_map(
+        on_one_device, in_specs=(tokens, matrix, rows), out_specs=(rows,) * 3, check_vma=False
+    )
+    return run(hidden, vocab_matrix, targets)
+
+
+def _join(part: LogProbs, here: Bool[Array, " N"], axis: str) -> LogProbs:
+    """From the numbers of parts of the vocabulary, one on each device of a mesh axis, those of the
+    whole. `here` says where the target lies in this device's part."""
+    logprob, part_logsumexp, entropy = part
+    top = jax.lax.pmax(jax.lax.stop_gradient(part_logsumexp), axis)
+    logsumexp = top + jnp.log(jax.lax.psum(jnp.exp(part_logsumexp - top), axis))
+    chosen = jax.lax.psum(jnp.where(here, logprob + part_logsumexp, 0.0), axis)
+    mean_score = jax.lax.psum(
+        jnp.exp(part_logsumexp - logsumexp) * (part_logsumexp - entropy), axis
+    )
+    return chosen - logsumexp, logsumexp, logsumexp - mean_score
 
 
 def _xla(

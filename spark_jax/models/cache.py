@@ -7,6 +7,9 @@ arrays are a tuple (unrolled decoding) or stacked on axis 0 (scanned decoding).
 Keys lie as [..., K, columns] and values as [..., columns, K], and lanes and slots share one axis:
 both products of attention then read the cache as it is. Otherwise XLA:CPU transposes all keys, or
 copies all values (an axis of length 1 is enough), at every step.
+
+With a mesh in scope, lanes and slots are spread over it like the rows of a batch, and KV heads over
+`tensor`. A prompt is written to a lane of the device that has prefilled it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import constrain, mesh_in_scope, spec
+
+_AXES = ("batch", "kv_heads", None, None)
+"""Of the keys and values of lanes or slots in one layer."""
 
 
 @flax.struct.dataclass
@@ -66,12 +73,9 @@ class Segment(NamedTuple):
     def write(self, k: Any, v: Any, column: Any) -> Segment:
         """With the new keys and values [R·W, H_kv, K] of all slots in one column: in place."""
         k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
-        return self._replace(
-            keys=jax.lax.dynamic_update_slice_in_dim(self.keys, k[..., None], column, axis=3),
-            values=jax.lax.dynamic_update_slice_in_dim(
-                self.values, v[..., None, :], column, axis=2
-            ),
-        )
+        keys = jax.lax.dynamic_update_slice_in_dim(self.keys, k[..., None], column, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(self.values, v[..., None, :], column, axis=2)
+        return self._replace(keys=constrain(keys, _AXES), values=constrain(values, _AXES))
 
 
 @flax.struct.dataclass
@@ -138,8 +142,8 @@ def empty(
 
     def zeros(*shape: int, dtype: Any) -> Any:
         if stacked:
-            return jnp.zeros((config.num_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+            return constrain(jnp.zeros((config.num_layers, *shape), dtype), ("layers", *_AXES))
+        return tuple(constrain(jnp.zeros(shape, dtype), _AXES) for _ in range(config.num_layers))
 
     heads, head_dim, dtype = config.num_kv_heads, config.head_dim, config.compute_dtype
     # Unrolled decoding is for CPU, where XLA widens the whole of a bfloat16 array to update a part.
@@ -158,27 +162,48 @@ def empty(
 
 
 def insert(cache: Cache, prompts: PromptCache, lanes: Any) -> Cache:
-    """Writes prompts into lanes; an index outside 0..R-1 drops that prompt."""
+    """Writes prompts into lanes; an index outside 0..R-1 drops that prompt. Each shard of the
+    prompts goes into the same shard of the lanes, which are counted from its beginning."""
     axis = 0 if isinstance(cache.keys, tuple) else 1
 
-    def write(old: Any, new: Any) -> Any:
+    def write(old: Any, new: Any, lanes: Any) -> Any:
         index = (slice(None),) * axis + (lanes,)
         return old.at[index].set(new, mode="drop")
 
+    def into(old: Any, new: Any) -> Any:
+        return _in_shards(write, (old, new), lanes)
+
     prompt = PromptCache(
-        jax.tree.map(write, cache.prompt.keys, prompts.keys),
-        jax.tree.map(write, cache.prompt.values, prompts.values),
-        cache.prompt.lengths.at[lanes].set(prompts.lengths, mode="drop"),
+        jax.tree.map(into, cache.prompt.keys, prompts.keys),
+        jax.tree.map(into, cache.prompt.values, prompts.values),
+        _in_shards(
+            lambda old, new, lanes: old.at[lanes].set(new, mode="drop"),
+            (cache.prompt.lengths, prompts.lengths),
+            lanes,
+        ),
     )
     return dataclasses.replace(cache, prompt=prompt)
 
 
 def rearrange(cache: Cache, source: Any) -> Cache:
-    """Gives each lane r the prompt that lane source[r] has."""
+    """Gives each lane r the prompt that lane source[r] of its shard has."""
     axis = 0 if isinstance(cache.keys, tuple) else 1
-    keys, values = jax.tree.map(
-        lambda x: jnp.take(x, source, axis=axis), (cache.prompt.keys, cache.prompt.values)
-    )
-    return dataclasses.replace(
-        cache, prompt=PromptCache(keys, values, cache.prompt.lengths[source])
-    )
+
+    def take(x: Any) -> Any:
+        return _in_shards(lambda x, source: jnp.take(x, source, axis=axis), (x,), source)
+
+    keys, values = jax.tree.map(take, (cache.prompt.keys, cache.prompt.values))
+    lengths = _in_shards(lambda x, source: x[source], (cache.prompt.lengths,), source)
+    return dataclasses.replace(cache, prompt=PromptCache(keys, values, lengths))
+
+
+def _in_shards(function: Any, arrays: tuple[Any, ...], index: Any) -> Any:
+    """The function of the arrays and an index into their lanes, by every device for its own lanes:
+    XLA, which does not know that the index stays within them, would gather all."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+        return function(*arrays, index)
+    axes = {1: _AXES[:1], 4: _AXES, 5: ("layers", *_AXES)}
+    specs = tuple(spec(x.shape, axes[x.ndim], mesh, "cache") for x in (*arrays, index))
+    run = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return run(*arrays, index)

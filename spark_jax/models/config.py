@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+ATTENTION = ("auto", "dense", "blockwise", "splash", "cudnn")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -45,6 +47,8 @@ class ModelConfig:
     """Compute dtype of activations, weights in use and KV cache: "float32" or "bfloat16"."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of storing its activations."""
+    attention: str = "auto"
+    """What computes the attention of whole sequences, of `ATTENTION`: see `models.attention`."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -55,6 +59,8 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r}; choose from {list(ATTENTION)}")
 
     @property
     def compute_dtype(self) -> np.dtype:

@@ -6,12 +6,15 @@ the cache. Every function here takes either layout.
 
 The sampler (`prefill`, `decode_step`) and the scorer (`forward`) run the same `_layer`, so their
 log-probabilities agree.
+
+With a mesh in scope (`jax.set_mesh`) everything is spread over it by the names of its axes. Whole
+sequences are spread by row, and gather the weights of one layer at a time; a decode step, which has
+few tokens, moves those instead: its residual stream lies as the weights do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spark_jax.models import rotary
+from spark_jax.models import attention, rotary
 from spark_jax.models.cache import Cache, PromptCache, Segment, Template
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.dot import dot
-
-_MASKED = -1e30  # finite, so that a fully masked row gives uniform weights rather than NaN
+from spark_jax.parallel.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -175,10 +177,10 @@ def forward(
         segment_ids = jnp.ones_like(tokens)
     if positions is None:
         positions = positions_in_segments(segment_ids)
-    mask = _causal_mask(segment_ids)
+    causal = attention.causal(segment_ids, config.attention, config.compute_dtype)
 
     def attend(q: Array, k: Array, v: Array, _: None) -> tuple[Array, None]:
-        return _attend(q, k, v, mask), None
+        return causal(q, k, v, None), None
 
     return _run(params, config, tokens, positions, attend)[0]
 
@@ -198,10 +200,10 @@ def prefill(
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     start = 0 if template is None else template.length
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = _causal_mask(valid.astype(jnp.int32))
+    causal = attention.causal(valid.astype(jnp.int32), config.attention, config.compute_dtype)
 
     def attend(q: Array, k: Array, v: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
-        return _attend(q, k, v, mask, before), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        return causal(q, k, v, before), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
     layers = None if template is None else template.layers()
     _, (keys, values) = _run(params, config, tokens, positions, attend, layers)
@@ -231,13 +233,19 @@ def decode_step(
 
     def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Array, Array]]:
         kv = kv.write(k[:, 0], v[:, 0], column)
-        out = _attend_segments(q[:, 0], kv, prompt_mask, own_mask.reshape(lanes * width, -1))
+        out = attention.cached(q[:, 0], kv, prompt_mask, own_mask.reshape(lanes * width, -1))
         return out[:, None], (kv.keys, kv.values)
 
     hidden, (keys, values) = _run(
-        params, config, tokens.reshape(-1, 1), positions.reshape(-1, 1), attend, cache.segments()
+        params,
+        config,
+        tokens.reshape(-1, 1),
+        positions.reshape(-1, 1),
+        attend,
+        cache.segments(),
+        _ONE_TOKEN,
     )
-    scores = logits(params, config, hidden[:, 0])
+    scores = constrain(logits(params, config, hidden[:, 0]), ("batch", "vocab"))
     return scores.reshape(lanes, width, -1), dataclasses.replace(cache, keys=keys, values=values)
 
 
@@ -278,6 +286,12 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
+Names = tuple[str | None, str | None, str | None]
+"""How a residual stream [B, T, D] is spread over a mesh."""
+
+_SEQUENCES: Names = ("batch", "length", None)
+_ONE_TOKEN: Names = ("step_batch", "length", "width")
+
 
 def _run(
     params: Params,
@@ -286,13 +300,15 @@ def _run(
     positions: Int[Array, "B T"],
     attend: Attend,
     per_layer: Any = None,
+    stream: Names = _SEQUENCES,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Embeds, runs every layer, norms. Scans stacked layers and unrolls a tuple of them."""
     angles = _rotary_table(positions, config)
-    x = jnp.take(params.embedding, tokens, axis=0).astype(config.compute_dtype)
+    x = constrain(_embed(params, config, tokens), stream)
 
     def step(x: Array, inputs: tuple[Layer | FusedLayer, Any]) -> tuple[Array, Any]:
-        return _layer(x, inputs[0], config, angles, lambda q, k, v: attend(q, k, v, inputs[1]))
+        layer, own = inputs
+        return _layer(x, layer, config, angles, lambda q, k, v: attend(q, k, v, own), stream)
 
     if isinstance(params.layers, tuple):
         outputs = []
@@ -306,23 +322,44 @@ def _run(
     return _rms_norm(x, params.final_norm, config.norm_eps), collected
 
 
+def _embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each device looks tokens up in the part of the table that it has."""
+    table = constrain(params.embedding, ("vocab", "width"))
+    rows = jnp.take(table, constrain(tokens, _ONE_TOKEN[:2]), axis=0)
+    return constrain(rows, _ONE_TOKEN).astype(config.compute_dtype)
+
+
 def _layer(
     x: Float[Array, "B T D"],
     layer: Layer | FusedLayer,
     config: ModelConfig,
     angles: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    stream: Names,
 ) -> tuple[Float[Array, "B T D"], Any]:
+    layer = _constrain_layer(layer, config)
     h = _rms_norm(x, layer.attention_norm, config.norm_eps)
     q, k, v = _queries_keys_values(h, layer, config)
+    q = constrain(q, ("batch", "length", "heads", None))
+    k, v = (constrain(x, ("batch", "length", "kv_heads", None)) for x in (k, v))
     if config.qk_norm:
         q = _rms_norm(q, layer.query_norm, config.norm_eps)
         k = _rms_norm(k, layer.key_norm, config.norm_eps)
     attended, output = attend(_rotate(q, angles), _rotate(k, angles), v)
-    x = x + _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
+    attended = constrain(attended, ("batch", "length", "heads", None))
+    x = constrain(x + _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias), stream)
     h = _rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate, up = _gate_and_up(h, layer)
-    return x + _dot("btf,fd->btd", jax.nn.silu(gate) * up, layer.down), output
+    gate, up = (constrain(y, (*stream[:2], "mlp")) for y in _gate_and_up(h, layer))
+    return constrain(x + _dot("btf,fd->btd", jax.nn.silu(gate) * up, layer.down), stream), output
+
+
+def _constrain_layer(layer: Layer | FusedLayer, config: ModelConfig) -> Layer | FusedLayer:
+    """So that the gradients of a layer are spread, like its weights, as soon as they are made. The
+    fused layout has no names: it is for one device."""
+    if isinstance(layer, FusedLayer):
+        return layer
+    axes = logical_axes(config).layers
+    return jax.tree.map(lambda x, names: constrain(x, names[1:]), layer, axes)
 
 
 def _fuse(layer: Layer) -> FusedLayer:
@@ -413,118 +450,3 @@ def _rotate(x: Float[Array, "B T H K"], angles: tuple[Array, Array]) -> Float[Ar
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    index = jnp.arange(segment_ids.shape[1])
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & (index[:, None] >= index[None, :])
-
-
-def _attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G K"],
-    mask: Bool[Array, "B T S"],
-    template: tuple[Float[Array, "G K C"], Float[Array, "G C K"]] | None = None,
-) -> Float[Array, "B T H K"]:
-    """Grouped-query attention; the queries of one KV head are folded, KV is never repeated.
-
-    With a template's keys and values every query attends to all of them too.
-    """
-    b, t, h, d = q.shape
-    folded = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
-    scores = jnp.einsum("btgqk,bsgk->bgqts", folded, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
-
-    def weigh(weights: Array) -> Array:
-        weights = weights.reshape(scores.shape)
-        out = jnp.einsum("bgqts,bsgk->bgqtk", weights, v, preferred_element_type=jnp.float32)
-        return out.reshape(*out.shape[:2], -1, d)
-
-    parts: list[_Part] = [(scores.reshape(b, k.shape[2], -1, k.shape[1]), weigh)]
-    if template is not None:
-        queries = jnp.moveaxis(folded, 1, 3).reshape(b, k.shape[2], -1, d)
-        parts.append(_template_part(queries, template))
-    out = _join(parts, v.dtype).reshape(b, k.shape[2], -1, t, d)
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(q.dtype)
-
-
-def _attend_segments(
-    q: Float[Array, "S H K"],
-    kv: Segment,
-    prompt_mask: Bool[Array, "R L"],
-    own_mask: Bool[Array, "S T"],
-) -> Float[Array, "S H K"]:
-    """One query per slot against the template, its lane's prompt and its own tokens."""
-    queries = q.reshape(len(q), kv.keys.shape[1], -1, q.shape[-1])
-    # Batch axes first: in bfloat16 newer XLA:CPU multiplies no other order.
-    dot = {"preferred_element_type": jnp.float32}
-    wide = kv.keys.dtype
-    own = jnp.einsum("sgqk,sgkt->sgqt", queries.astype(wide), kv.keys, **dot) * q.shape[-1] ** -0.5
-    # Every slot has a token of its own, so the joint maximum is never the masked value.
-    own = jnp.where(own_mask[:, None, None], own, _MASKED)
-
-    def weigh(weights: Array) -> Array:
-        return jnp.einsum("sgqt,sgtk->sgqk", weights.astype(wide), kv.values, **dot)
-
-    parts: list[_Part] = [
-        (own, weigh),
-        _shared_part(queries, kv.prompt_keys, kv.prompt_values, prompt_mask),
-    ]
-    if kv.template is not None:
-        parts.append(_template_part(queries, kv.template))
-    return _join(parts, q.dtype).reshape(q.shape).astype(q.dtype)
-
-
-# Scores [B, G, N, S] of some keys, masked, and what multiplies such weights with their values.
-_Part = tuple[Array, Callable[[Array], Array]]
-
-
-def _template_part(
-    q: Float[Array, "B G N K"], template: tuple[Float[Array, "G K C"], Float[Array, "G C K"]]
-) -> _Part:
-    keys, values = template
-    return _shared_part(q, keys[None], values[None], jnp.ones((1, values.shape[1]), jnp.bool_))
-
-
-def _shared_part(
-    q: Float[Array, "B G N K"],
-    keys: Float[Array, "R G K L"],
-    values: Float[Array, "R G L K"],
-    mask: Bool[Array, "R L"],
-) -> _Part:
-    """B / R neighbours share one set of keys: their queries of one KV head make one plain matrix
-    product, so keys and values are read once for all of them."""
-    b, g, n, _ = q.shape
-    r = len(keys)
-
-    def together(x: Array) -> Array:
-        return x.reshape(r, b // r, g, n, -1).swapaxes(1, 2).reshape(r, g, b // r * n, -1)
-
-    def apart(x: Array) -> Array:
-        return x.reshape(r, g, b // r, n, -1).swapaxes(1, 2).reshape(b, g, n, -1)
-
-    dot = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("rgnk,rgkl->rgnl", together(q), keys, **dot) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-
-    def weigh(weights: Array) -> Array:
-        return apart(jnp.einsum("rgnl,rglk->rgnk", together(weights), values, **dot))
-
-    return apart(scores), weigh
-
-
-def _join(parts: list[_Part], dtype: Any) -> Float[Array, "..."]:
-    """Attention over several sets of keys, joined by their common maximum and sum: nothing is
-    copied or concatenated.
-
-    Weights are rounded to `dtype` before they are normalised, in sampler and scorer alike: in
-    bfloat16 they would drift apart otherwise.
-    """
-    tops = [scores.max(axis=-1, keepdims=True) for scores, _ in parts]
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
-    weights = [jnp.exp(scores - top) for scores, _ in parts]
-    out = [weigh(w.astype(dtype)) for w, (_, weigh) in zip(weights, parts, strict=True)]
-    total = [w.sum(axis=-1, keepdims=True) for w in weights]
-    return functools.reduce(jnp.add, out) / functools.reduce(jnp.add, total)

@@ -21,10 +21,15 @@ RULES: dict[str | None, tuple[str, ...] | None] = {
     "mlp": ("tensor",),
     # of activations
     "batch": ("data", "fsdp"),
+    "step_batch": ("data",),  # of a decode step, whose width lies as that of the weights
+    "rows": MESH_AXES,  # that each device deals with alone
     "length": None,
     None: None,
 }
 """Logical axis → mesh axes. An axis that is not on the mesh counts as one device."""
+
+UNEVEN = frozenset({"rows"})
+"""Axes that XLA fills up where their mesh axes do not divide them."""
 
 REPLICATED_WHERE_FEWER = frozenset({"kv_heads"})
 """Axes that every device holds whole where they are shorter than their mesh axis: the one KV head
@@ -73,6 +78,13 @@ def mesh_in_scope() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+    """What programs are compiled for: "cpu", "gpu" or "tpu"; that of the mesh in scope, which need
+    not be of this machine's devices, or else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def batch_shards() -> int:
     """Over how many devices of the mesh in scope the rows of a batch are spread; 1 without one."""
     mesh = mesh_in_scope()
@@ -113,7 +125,7 @@ def _mesh_axes(
     if devices == 1 or length == 1 or (name in REPLICATED_WHERE_FEWER and length < devices):
         return None
     targets = tuple(target for target in RULES[name] or () if mesh.shape.get(target, 1) > 1)
-    if length % devices:
+    if length % devices and name not in UNEVEN:
         divisors = [n for n in range(1, devices + 1) if math.gcd(n, length) == n]
         spread = "*".join(targets)
         raise ValueError(
