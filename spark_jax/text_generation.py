@@ -112,9 +112,15 @@ def sample_rollout(
 ) -> decoding.Rollout:
     """Encodes the prompts as they stand (no special tokens added) and decodes.
 
+    A `max_prompt_length` beyond what the model has positions for is cut to that.
+
     Raises:
       ValueError: what `decoding.generate` refuses, with the prompt's index.
     """
+    sizes = dataclasses.asdict(options or DecodeOptions())
+    limit = longest_prompt(model.config, settings.max_new_tokens, options)
+    if sizes["max_prompt_length"] is not None and limit > 0:
+        sizes["max_prompt_length"] = limit
     return decoding.generate(
         model.params,
         model.config,
@@ -130,7 +136,7 @@ def sample_rollout(
         ),
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=settings.max_new_tokens,
-        **dataclasses.asdict(options or DecodeOptions()),
+        **sizes,
     )
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from spark_jax.data.records import SamplingSettings
 from spark_jax.experiments import launch
-from spark_jax.text_generation import DecodeOptions, encode, longest_prompt, text_sampler
+from spark_jax.text_generation import (
+    DecodeOptions,
+    encode,
+    longest_prompt,
+    sample_rollout,
+    seed_key,
+    text_sampler,
+)
 
 SETTINGS = SamplingSettings(temperature=1.0, max_new_tokens=8)
 
@@ -50,3 +57,17 @@ def test_nothing_is_decoded_where_no_prompt_fits(model, prompts, monkeypatch):
     monkeypatch.setattr("spark_jax.text_generation.sample_rollout", None)
     (none,) = sampled(model, [prompts[0][1]], DecodeOptions(max_prompt_length=prompts[1]))
     assert [said.text for said in none] == ["", ""]
+
+
+def test_prompts_are_not_padded_beyond_what_the_model_has_positions_for(model, prompts):
+    texts, length = prompts
+    shorter = dataclasses.replace(model.config, max_positions=length + SETTINGS.max_new_tokens)
+    rollout = sample_rollout(
+        dataclasses.replace(model, config=shorter),
+        texts[:1],
+        samples_per_prompt=2,
+        settings=SETTINGS,
+        key=seed_key(3),
+        options=DecodeOptions(max_prompt_length=10 * length),
+    )
+    assert rollout.prompt_tokens.shape == (1, length)
