@@ -1,8 +1,8 @@
 """Shapes of well-known models: the fields of their public `config.json`, by hub id.
 
 Enough to compile a run's programs ahead of time where no checkpoint has been fetched
-(`spark_jax.experiments.compile_for_pod`); weights, tokenizers and stop ids are read from checkpoints
-alone. `spark_jax.models.config.from_hf` reads these dictionaries as it reads the files.
+(`spark_jax.experiments.compile_for_pod`); weights, tokenizers and stop ids are read from
+checkpoints alone. `spark_jax.models.config.from_hf` reads these dictionaries as it reads the files.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -223,8 +224,9 @@ def _complaint(status: int, text: str, done: int) -> str:
     if status < 0:
         how = f"the compiler ended by {signal.Signals(-status).name} after {done} programs"
         return how + (": not enough memory on this machine?" if -status == signal.SIGKILL else "")
-    last = [line for line in text.splitlines() if line.strip()][-1:]
-    return last[0].removeprefix("error: ") if last else f"the compiler ended with status {status}"
+    errors = [line for line in text.splitlines() if re.match(r"(error|[\w.]*Error): ", line)]
+    last = errors[-1].removeprefix("error: ") if errors else text[-500:]
+    return f"the compiler ended with status {status}: {last}" if status != 1 else last
 
 
 def main() -> None:

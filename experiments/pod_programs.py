@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,12 @@ from spark_jax.experiments.launch import Config, ConfigError
 from spark_jax.models import config as model_config
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
-from spark_jax.parallel.sharding import batch_sharding, named_shardings, replicated
+from spark_jax.parallel.sharding import (
+    batch_sharding,
+    batch_shards,
+    named_shardings,
+    replicated,
+)
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
 from spark_jax.text_generation import longest_prompt
@@ -38,8 +42,6 @@ from spark_jax.training import state
 from spark_jax.training.packing import pack_policy_batch
 from spark_jax.training.policy import Objective, PolicyBatch
 from spark_jax.training.sft import SFTBatch
-
-Arrays = Callable[[Mesh], Any]  # a pytree of shapes with their places on a mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,35 +51,36 @@ class Program:
     Attributes:
       name: its stage and what it does, such as "rl/policy_step".
       model: the name of the model it runs.
-      lower: traces it for a mesh; what it gives can be compiled.
-      beside: by name, the arrays that lie on the devices meanwhile and are no arguments of it.
+      lower: traces it; what it gives can be compiled. To be called with the mesh in scope.
+      beside: by name, bytes on a device of what lies there meanwhile and is no argument of it.
       rows: sequences that it works on at once: slots, prompts, rows of a batch.
       positions: tokens of each of these.
     """
 
     name: str
     model: str
-    lower: Callable[[Mesh], Any]
-    beside: dict[str, Arrays]
+    lower: Callable[[], Any]
+    beside: dict[str, int]
     rows: int
     positions: int
 
 
-def programs(config: Config) -> list[Program]:
-    """All programs of `pipeline` with this configuration, stage by stage.
+def programs(config: Config, mesh: Mesh) -> list[Program]:
+    """All programs of `pipeline` with this configuration over a mesh, stage by stage.
 
     Raises:
       ConfigError: a size that is left open, or a model whose shape is not known here.
+      ValueError: a mesh that does not divide a model.
     """
     if config.decode.max_prompt_length is None:
         raise ConfigError("decode.max_prompt_length is None; the programs' shapes depend on it")
-    fine_tuned = [_sft(config, "sft", config.model)] if config.pipeline.sft else []
+    fine_tuned = [_sft(config, mesh, "sft", config.model)] if config.pipeline.sft else []
     reward_model = config.prm.model or config.model
     return [
         *fine_tuned,
-        *_stage_one(config),
-        _sft(config, "prm", reward_model),
-        *_rl(config, reward_model),
+        *_stage_one(config, mesh),
+        _sft(config, mesh, "prm", reward_model),
+        *_rl(config, mesh, reward_model),
     ]
 
 
@@ -107,13 +110,14 @@ def bytes_per_device(arrays: Any) -> int:
 # --- the stages ----------------------------------------------------------------------------------
 
 
-def _stage_one(config: Config) -> list[Program]:
+def _stage_one(config: Config, mesh: Mesh) -> list[Program]:
     generate, verify = config.generate, config.verify
     problems = min(generate.chunk_size, generate.num_problems or generate.chunk_size)
     checked = min(verify.chunk_size, generate.num_problems or verify.chunk_size)
     return [
         *_decoding(
             config,
+            mesh,
             "generate",
             generate.model or config.model,
             prompts=problems,
@@ -122,6 +126,7 @@ def _stage_one(config: Config) -> list[Program]:
         ),
         *_decoding(
             config,
+            mesh,
             "verify",
             verify.model or config.model,
             prompts=checked * generate.samples_per_problem,
@@ -131,24 +136,26 @@ def _stage_one(config: Config) -> list[Program]:
     ]
 
 
-def _rl(config: Config, reward_model: str) -> list[Program]:
+def _rl(config: Config, mesh: Mesh, reward_model: str) -> list[Program]:
     rl, policy = config.rl, model_shape(config, config.model)
-    judge = model_shape(config, rl.reward_model or reward_model)
-    held: dict[str, Arrays] = {
-        "train state": partial(_state, policy, train_rl.make_optimizer(config)),
-        "policy to sample from": partial(_params, policy, policy.dtype),
+    reward_model = rl.reward_model or reward_model
+    judge = model_shape(config, reward_model)
+    held = {
+        "train state": _state(policy, train_rl.make_optimizer(config), mesh),
+        "policy to sample from": _params(policy, policy.dtype, mesh),
     }
     if train_rl.needs_reference_policy(config):
         dtype = config.dtype if rl.reference_model else "float32"
-        held["reference policy"] = partial(_params, policy, dtype)
+        held["reference policy"] = _params(policy, dtype, mesh)
     if rl.reward in REWARDS_THAT_JUDGE:
-        held["reward model"] = partial(_params, judge, judge.dtype)
+        held["reward model"] = _params(judge, judge.dtype, mesh)
 
-    def beside(*arguments: str) -> dict[str, Arrays]:
-        return {name: arrays for name, arrays in held.items() if name not in arguments}
+    def beside(argument: str) -> dict[str, int]:
+        return {name: bytes_per_device(x) for name, x in held.items() if name != argument}
 
     found = _decoding(
         config,
+        mesh,
         "rl",
         config.model,
         prompts=rl.prompts_per_step,
@@ -159,16 +166,18 @@ def _rl(config: Config, reward_model: str) -> list[Program]:
     if "reward model" in held:
         found += _decoding(
             config,
+            mesh,
             "rl/judge",
-            rl.reward_model or reward_model,
+            reward_model,
             prompts=rl.prompts_per_step * rl.group_size,
             samples=1,
             sampling=decoding.Sampling(greedy=True),
             beside=beside("reward model"),
         )
-    if "reference policy" in held:
-        found.append(_score(config, policy, held["reference policy"], beside("reference policy")))
-    return [*found, _policy_step(config, policy, held["train state"], beside("train state"))]
+    if (reference := held.get("reference policy")) is not None:
+        found.append(_score(config, mesh, policy, reference, beside("reference policy")))
+    train = held["train state"]
+    return [*found, _policy_step(config, mesh, policy, train, beside("train state"))]
 
 
 # --- the programs --------------------------------------------------------------------------------
@@ -176,93 +185,94 @@ def _rl(config: Config, reward_model: str) -> list[Program]:
 
 def _decoding(
     config: Config,
+    mesh: Mesh,
     stage: str,
     name: str,
     *,
     prompts: int,
     samples: int,
     sampling: decoding.Sampling,
-    beside: dict[str, Arrays] | None = None,
+    beside: dict[str, int] | None = None,
 ) -> list[Program]:
     """The decoder, and the prefill that is a part of it on its own."""
     model, options = model_shape(config, name), launch.decode_options(config)
     length = longest_prompt(model, config.decode.max_new_tokens, options)
     # Different from the first token on: no template to share, which would take less memory.
     texts = [[i % model.vocab_size] + [0] * (length - 1) for i in range(prompts)]
-    work = prepare(
-        model,
-        texts,
-        sampling=dataclasses.replace(sampling, stop_ids=(0, 1)),
-        samples_per_prompt=samples,
-        max_new_tokens=config.decode.max_new_tokens,
-        **dataclasses.asdict(options),
-    )
+    with jax.set_mesh(mesh):
+        work = prepare(
+            model,
+            texts,
+            sampling=dataclasses.replace(sampling, stop_ids=(0, 1)),
+            samples_per_prompt=samples,
+            max_new_tokens=config.decode.max_new_tokens,
+            **dataclasses.asdict(options) | {"max_prompt_length": length},
+        )
+    params, key = _params(model, model.dtype, mesh), _whole(_key(), mesh)
     shape, own_length = work.shape, work.requests.tokens.shape[1]
-    prompt_shapes = ((shape.prefill, own_length), (shape.prefill,))
+    some = (np.zeros((shape.prefill, own_length), np.int32), np.zeros(shape.prefill, np.int32))
 
-    def prefill(mesh: Mesh) -> Any:
-        tokens, lengths = (_array(s, np.int32, replicated(mesh)) for s in prompt_shapes)
+    def prefill() -> Any:
         run = jax.jit(transformer.prefill, static_argnums=1)
-        return run.lower(_params(model, model.dtype, mesh), model, tokens, lengths)
+        return run.lower(params, model, *_whole(some, mesh))
 
-    def decode(mesh: Mesh) -> Any:
-        requests = _like(work.requests, mesh)
-        params = _params(model, model.dtype, mesh)
-        return decoder.decode.lower(params, requests, _key(mesh), config=model, shape=shape)
+    def decode() -> Any:
+        requests = _whole(work.requests, mesh)
+        return decoder.decode.lower(params, requests, key, config=model, shape=shape)
 
-    rows = shape.lanes * shape.width
-    positions = own_length + shape.columns
+    slots, positions = shape.lanes * shape.width, own_length + shape.columns
     return [
         Program(f"{stage}/prefill", name, prefill, beside or {}, shape.prefill, own_length),
-        Program(f"{stage}/decode", name, decode, beside or {}, rows, positions),
+        Program(f"{stage}/decode", name, decode, beside or {}, slots, positions),
     ]
 
 
-def _sft(config: Config, stage: str, name: str) -> Program:
+def _sft(config: Config, mesh: Mesh, stage: str, name: str) -> Program:
     section, model = config[stage], model_shape(config, name)
     size = (section.batch_size, section.max_length)
-    arrays = SFTBatch(
+    batch = SFTBatch(
         tokens=np.broadcast_to(np.int32(0), size),
         loss_mask=np.broadcast_to(np.bool_(True), size),
         segment_ids=np.broadcast_to(np.int32(1), size) if section.pack else None,
         target_index=np.broadcast_to(np.int32(0), size),
     )
 
-    def lower(mesh: Mesh) -> Any:
-        step = sft.compiled_step(
-            model, json.dumps(sft.optimizer_settings(section)), section.accumulation_steps
-        )
-        return step.lower(_state(model, sft.make_optimizer(section), mesh), _rows(arrays, mesh))
+    def lower() -> Any:
+        settings = json.dumps(sft.optimizer_settings(section))
+        step = sft.compiled_step(model, settings, section.accumulation_steps)
+        return step.lower(_state(model, sft.make_optimizer(section), mesh), _rows(batch, mesh))
 
     return Program(f"{stage}/sft_step", name, lower, {}, *size)
 
 
 def _score(
-    config: Config, model: ModelConfig, params: Arrays, beside: dict[str, Arrays]
+    config: Config, mesh: Mesh, model: ModelConfig, params: Any, beside: dict[str, int]
 ) -> Program:
-    batch = _policy_batch(config, config.rl.prompts_per_step * config.rl.group_size)
+    batch = _policy_batch(config, model, config.rl.prompts_per_step * config.rl.group_size)
     parts = (batch.prompt_tokens, batch.prompt_mask, batch.tokens, batch.mask)
 
-    def lower(mesh: Mesh) -> Any:
-        return train_rl.compiled_score(model).lower(params(mesh), *_rows(parts, mesh))
+    def lower() -> Any:
+        return train_rl.compiled_score(model).lower(params, *_rows(parts, mesh))
 
     return Program("rl/score", config.model, lower, beside, *_size(batch))
 
 
 def _policy_step(
-    config: Config, model: ModelConfig, train: Arrays, beside: dict[str, Arrays]
+    config: Config, mesh: Mesh, model: ModelConfig, train: Any, beside: dict[str, int]
 ) -> Program:
     rl = config.rl
-    batch: Any = _policy_batch(config, rl.prompts_per_step // rl.minibatches * rl.group_size)
+    batch: Any = _policy_batch(config, model, rl.prompts_per_step // rl.minibatches * rl.group_size)
     rows, positions = _size(batch)
     if rl.pack:
         objective = Objective(**launch.objective_fields(config))
-        batch = pack_policy_batch(batch, objective, rows_multiple_of=rl.accumulation_steps)
+        with jax.set_mesh(mesh):
+            multiple = rl.accumulation_steps * batch_shards()
+        batch = pack_policy_batch(batch, objective, rows_multiple_of=multiple)
         rows, positions = batch.tokens.shape
 
-    def lower(mesh: Mesh) -> Any:
+    def lower() -> Any:
         step = train_rl.compiled_step(model, json.dumps(train_rl.update_settings(config)))
-        return step.lower(train(mesh), _rows(batch, mesh))
+        return step.lower(train, _rows(batch, mesh))
 
     return Program("rl/policy_step", config.model, lower, beside, rows, positions)
 
@@ -270,9 +280,10 @@ def _policy_step(
 # --- arrays --------------------------------------------------------------------------------------
 
 
-def _policy_batch(config: Config, rows: int) -> PolicyBatch:
+def _policy_batch(config: Config, model: ModelConfig, rows: int) -> PolicyBatch:
     """Prompts and responses of full length, in NumPy, of which one number is in memory."""
-    prompt, response = config.decode.max_prompt_length, config.decode.max_new_tokens
+    response = config.decode.max_new_tokens
+    prompt = longest_prompt(model, response, launch.decode_options(config))
 
     def filled(value: Any, width: int = response) -> np.ndarray:
         return np.broadcast_to(value, (rows, width))
@@ -328,13 +339,13 @@ def _rows(arrays: Any, mesh: Mesh) -> Any:
     )
 
 
-def _like(arrays: Any, mesh: Mesh) -> Any:
-    """Arrays that every device has whole."""
+def _whole(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays that every device has whole, as NumPy arrays are handed to a program."""
     return jax.tree.map(lambda x: _array(x.shape, x.dtype, replicated(mesh)), arrays)
 
 
-def _key(mesh: Mesh) -> Any:
-    return _like(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -32,7 +32,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     try:
         mesh = topology_mesh(job["topology"], job["num_slices"], job["mesh"])
-        wanted = _wanted(ml_collections.ConfigDict(job["config"]), job["programs"])
+        wanted = _wanted(ml_collections.ConfigDict(job["config"]), mesh, job["programs"])
     except ValueError as error:
         sys.exit(f"error: {error}")
     for program in wanted:
@@ -40,8 +40,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
-def _wanted(config: Any, names: Sequence[str]) -> list[Program]:
-    found = pod_programs.programs(config)
+def _wanted(config: Any, mesh: Mesh, names: Sequence[str]) -> list[Program]:
+    found = pod_programs.programs(config, mesh)
     have = [program.name for program in found]
     if unknown := sorted(set(names) - set(have)):
         raise ValueError(f"programs {unknown} are none of this configuration's: {have}")
@@ -66,7 +66,6 @@ def topology_mesh(topology: str, num_slices: int, axes: Mapping[str, int]) -> Me
 
 def compile_program(program: Program, mesh: Mesh, topology: str, hlo_folder: str) -> dict[str, Any]:
     """One row: what the compiler says of a program, per device."""
-    beside = {name: pod_programs.bytes_per_device(a(mesh)) for name, a in program.beside.items()}
     row: dict[str, Any] = {
         "program": program.name,
         "model": program.model,
@@ -76,13 +75,13 @@ def compile_program(program: Program, mesh: Mesh, topology: str, hlo_folder: str
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "hbm": int(CHIPS[generation(topology)].hbm * 2**30),
-        "beside": beside,
+        "beside": program.beside,
         "versions": versions(),
     }
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled = program.lower(mesh).compile()
+            compiled = program.lower().compile()
     except Exception as error:
         row["seconds_to_compile"] = time.perf_counter() - start
         return row | _failure(error, row)
