@@ -59,7 +59,8 @@ def facts(found: Sequence[Run]) -> list[str]:
     seeds = sorted({run.seed for run in found})
     several = f"{len(found)} runs" if len(found) > 1 else ""
     named = [f"task {', '.join(task)}", f"model {', '.join(model)}" if len(model) < 4 else ""]
-    return [line for line in (several, *named, f"seeds {', '.join(map(str, seeds))}") if line]
+    seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return [line for line in (several, *named, seed) if line]
 
 
 def stage_tables(path: Path, found: Sequence[Run]) -> list[Table]:

@@ -50,7 +50,7 @@ function drawCurves(root, panels, runs) {
       const own = !panel.lines.every((line) => runs.includes(line.label));
       const labels = own ? panel.lines.map((line) => line.label) : runs;
       charts.push(drawPanel(box, panel, labels));
-      if (own || !shared) box.append(legend(labels, ""));
+      if (own && labels.length > 1) box.append(legend(labels, ""));
     }
     charts.forEach((chart) => chart.showLines(hidden));
   }
@@ -140,7 +140,7 @@ function drawPanel(box, panel, labels) {
     const left = u.over.offsetLeft + u.root.offsetLeft + u.cursor.left;
     const over = left + readout.offsetWidth + 14 > box.clientWidth;
     readout.style.left = `${Math.max(0, over ? left - readout.offsetWidth - 14 : left + 14)}px`;
-    readout.style.top = `${u.root.offsetTop + 8}px`;
+    readout.style.bottom = `${box.clientHeight - u.root.offsetTop}px`; // over the title, not the data
   }
 
   function showLines(hidden) {

@@ -30,10 +30,17 @@ function number(value) {
   return value === null || value === undefined ? "–" : String(Number(value.toPrecision(4)));
 }
 
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const characters = atob(base64);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
+}
+
 // The JSON of a data block: base64 of gzip, so that no text in it can end the block.
 async function load(name) {
-  const packed = atob(document.getElementById(`data-${name}`).textContent);
-  const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
+  const bytes = bytesOf(document.getElementById(`data-${name}`).textContent);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }

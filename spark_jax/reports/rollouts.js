@@ -29,7 +29,7 @@ const FILTERS = {
     "Yes for a wrong answer": (r) => r.overall === true && r.correct === false,
     "No for a right answer": (r) => r.overall === false && r.correct === true,
     "overall against its own steps": (r) =>
-      r.overall !== null && r.verdicts.length > 0 && r.overall !== r.verdicts.every((v) => v > 0),
+      r.overall !== null && r.verdicts.length > 0 && r.overall === r.verdicts.some((v) => v < 0),
     "a step against the truth": (r) => r.verdicts.some((_, step) => isMistaken(r, step)),
     "verifications that differ": (r) => new Set(r.verifications.map((v) => v.overall)).size > 1,
   },
@@ -214,7 +214,8 @@ function showRollouts(root, sources, load) {
 
   function scale(limit) {
     return element("div", { class: "scale" },
-      label(state.colour), number(-limit), element("span", { class: "bar" }), `+${number(limit)}`);
+      element("strong", {}, label(state.colour)), element("span", {}, number(-limit)),
+      element("span", { class: "bar" }), element("span", {}, `+${number(limit)}`));
   }
 
   function card(response, index, limit) {
@@ -222,13 +223,16 @@ function showRollouts(root, sources, load) {
     let block = null;
     response.tokens.forEach((token, i) => {
       const step = response.steps[i];
-      if (i === 0 || step !== response.steps[i - 1]) block = text.appendChild(stepBlock(response, step));
-      const shownToken = element("span", { class: "token" }, token || "◦");
+      const first = i === 0 || step !== response.steps[i - 1];
+      const last = step !== response.steps[i + 1];
+      if (first) block = text.appendChild(stepBlock(response, step));
+      const shownToken = element("span", { class: "token" }, inBlock(token, first, last));
       shownToken.response = response;
       shownToken.index = i;
       const value = state.colour ? valueAt(response, state.colour, i) : null;
       if (value && limit) {
         const side = value > 0 ? "positive" : "negative";
+        shownToken.classList.add("coloured");
         const share = Math.round((Math.abs(value) / limit) * 85);
         shownToken.style.background = `color-mix(in srgb, var(--${side}) ${share}%, transparent)`;
       }
@@ -280,15 +284,17 @@ function showRollouts(root, sources, load) {
       Object.keys(response.chosen).filter((method) => response.chosen[method] === i));
     const steps = Math.max(...response.verifications.map((v) => v.verdicts.length), 0);
     const soft = response.verifications.some((v) => v.soft_score !== null);
+    const failed = response.verifications.some((v) => v.failure);
     const columns = ["#", "overall", ...(soft ? ["soft"] : []),
-      ...Array.from({ length: steps }, (_, k) => String(k + 1)), "chosen by", "unreadable because"];
+      ...Array.from({ length: steps }, (_, k) => String(k + 1)),
+      "chosen by", ...(failed ? ["unreadable because"] : [])];
     const rows = response.verifications.map((verification, i) => {
       const row = element("tr", { "aria-selected": "false", tabindex: "0" },
         element("td", {}, String(i + 1)), sign(verification.overall, "Yes", "No"),
         ...(soft ? [element("td", {}, number(verification.soft_score))] : []),
         ...Array.from({ length: steps }, (_, k) => sign(verification.verdicts[k], "✓", "✗")),
         element("td", {}, chosenBy[i].map(words).join(", ")),
-        element("td", {}, verification.failure ? words(verification.failure) : ""));
+        ...(failed ? [element("td", {}, words(verification.failure ?? ""))] : []));
       const choose = () => {
         rows.forEach((other) => other.setAttribute("aria-selected", String(other === row)));
         said.textContent = verification.text;
@@ -355,6 +361,13 @@ function stepBlock(response, step) {
   return element("span", { class: `step ${verdict}${mistaken}`, "data-step": String(step), "aria-label": label });
 }
 
+// A step stands on lines of its own: white space around it would only push things about.
+function inBlock(token, first, last) {
+  if (!token.trim()) return token || "◦";
+  const begun = first ? token.trimStart() : token;
+  return last ? begun.trimEnd() : begun;
+}
+
 function badges(response, index) {
   const made = [badge("number", `#${index + 1}`, "position in the group")];
   if (response.reward !== null) {
@@ -414,8 +427,7 @@ function fill(select, options, chosen) {
 function help() {
   const key = (name) => element("kbd", {}, name);
   return element("p", { class: "help" }, key("←"), " ", key("→"), " problems, ", key("1"), " … ", key("9"),
-    " colours, ", key("v"), " verifications. A step's sign is its verdict; a dotted bar says that the ",
-    "truth is another. Squares in the list: a response each, filled by its reward, framed where wrong.");
+    " colours, ", key("v"), " verifications. A step's sign is its verdict. Squares in the list: a response each, filled by its reward, framed where wrong.");
 }
 
 function label(name) {

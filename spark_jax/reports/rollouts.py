@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class RolloutRecord:
     advantage: str
     num_groups: int
     groups: tuple[Group, ...]
-    values: Mapping[str, np.ndarray]
+    values: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
         responses = self.responses
@@ -170,7 +171,7 @@ def read(path: str | os.PathLike[str]) -> RolloutRecord:
                 name.removeprefix("values/"): file[name] for name in file.files if name != "texts"
             }
         return dataclasses.replace(from_json(texts, RolloutRecord), values=values)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no rollout record: {error}") from error
 
 

@@ -76,7 +76,7 @@ class Alarm:
 def step_inflation(rows: Sequence[Row], window: int) -> float | None:
     """Relative growth of steps per response, less what accuracy has risen: growth that pays for
     itself is no inflation. Where no accuracy is known, the growth."""
-    steps = _series(rows, "hacking/steps_per_response")
+    steps = _series(rows, _STEPS)
     if steps is None:
         return None
     start = _mean(steps[:window])
@@ -136,6 +136,7 @@ MEANING = {
     "reward_above_truth": "the reward rose and the rollouts' accuracy did not follow",
     "reward_above_held_out": "the reward rose and held-out accuracy did not follow",
 }
+_STEPS = "hacking/steps_per_response"
 SOFT_SCORE, YES_ABOVE_SOFT = "reward_model/soft_score", "reward_model/yes_above_soft"
 
 
@@ -176,6 +177,12 @@ def raised(rows: Sequence[Row], thresholds: Thresholds) -> list[Alarm]:
     """The alarms that the last row is the first to give: what is to be said aloud now."""
     now = int(rows[-1]["step"])
     return [alarm for alarm in alarms(rows, thresholds) if alarm.first_step == now]
+
+
+def usual_steps(rows: Sequence[Row], thresholds: Thresholds) -> float | None:
+    """Steps per response at the start of a run; None where no row has them."""
+    values = [float(row[_STEPS]) for row in rows if _is_finite(row.get(_STEPS))]
+    return _mean(values[: thresholds.window]) if values else None
 
 
 # --- a response ----------------------------------------------------------------------------------
