@@ -162,6 +162,8 @@ def get_config() -> ConfigDict:
             ),
             reward_model="",  # folder of a reward model's checkpoint
             reference_model="",  # π_ref of process rewards and KL; "" is the initial policy
+            # Ours: after each rollout's updates π_ref moves to this · itself + the rest · the policy.
+            reference_decay=placeholder(float),
             format_checks=("one_boxed", "one_answer_block", "nothing_after_answer"),
             steps=20,
             num_problems=4096,

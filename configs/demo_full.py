@@ -109,6 +109,7 @@ def spro() -> dict[str, object]:
     far = dict(optimizer=dict(learning_rate=1e-3))  # where it collapses without
     arms["far_clipped"] = ruled("spro", dict(beta=1.0, return_clip=0.5), **far)
     arms["far_standardised"] = ruled("spro", dict(beta=1.0, process_std=0.1), **far)
+    arms["far_moving_reference"] = ruled("spro", dict(beta=1.0), reference_decay=0.8, **far)
     return arms
 
 

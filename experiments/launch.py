@@ -243,6 +243,10 @@ def check_rl(config: Config) -> None:
             f"rl.temperature={rl.temperature}; it must be 1: the policy gradient is that of the "
             "policy at temperature 1, so samples of another law would bias it"
         )
+    if rl.reference_decay is not None and not 0 <= rl.reference_decay < 1:
+        raise ConfigError(
+            f"rl.reference_decay={rl.reference_decay} is not in [0, 1); None keeps π_ref in place"
+        )
     _divides("rl.prompts_per_step", rl.prompts_per_step, rl.minibatches)
     rows = rl.prompts_per_step // rl.minibatches * rl.group_size
     _divides(
@@ -278,7 +282,8 @@ def check_evaluate(config: Config) -> None:
         )
     _model_exists("evaluate.generator", evaluate.generator)
     check_mesh(config, "model", config.model)
-    check_mesh(config, "evaluate.generator", evaluate.generator)
+    if evaluate.what == "reward_model":
+        check_mesh(config, "evaluate.generator", evaluate.generator)
     _at_least(1, config, "evaluate.num_problems", "evaluate.samples_per_problem")
     _at_least(1, config, "evaluate.num_solutions", "evaluate.votes", "evaluate.chunk_size")
     for field in ("processbench.num_samples", "benchmarks.num_problems"):

@@ -110,9 +110,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         MetricsWriter(path) as metrics,
         Watch() as watch,
     ):
-        restored = saved.restore_latest(train)
+        restored = saved.restore_latest(to_save(config, train, reference))
         if restored is not None:
-            train, extra = restored
+            state_of_run, extra = restored
+            train, reference = from_saved(config, state_of_run, reference)
             folder.check_identity(extra)
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
@@ -124,7 +125,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
         for step in range(first, config.rl.steps + 1):
             at = position(config, folder, step - 1)
-            watch.hold(functools.partial(saved.ensure, step - 1, train, at))
+            state_of_run = to_save(config, train, reference)
+            watch.hold(functools.partial(saved.ensure, step - 1, state_of_run, at))
             batch_problems = [
                 problems[i] for i in order[step - 1] for _ in range(config.rl.group_size)
             ]
@@ -137,6 +139,9 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             inputs = advantage_inputs(
                 config, model_config, train.params, reference, rollout, rewards, judged, steps
             )
+            if config.rl.advantage in NEEDS_PROCESS_REWARDS:
+                truth = step_truth(task, batch_problems, samples)
+                inputs = dataclasses.replace(inputs, step_truth=truth)
             unmoved = int(train.step) == 0 and not config.rl.reference_model
             batch, values = make_batch(config, rollout, inputs, unmoved)
             updates = []
@@ -146,6 +151,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                     train, update_values = update(train, packed(config, part))
                     updates.append(update_values)
             policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
+            if config.rl.reference_decay is not None:
+                reference = moved(reference, train.params, config.rl.reference_decay)
 
             values |= update_metrics(updates)
             values |= judged.metrics | truth_metrics(task, batch_problems, samples, judged)
@@ -158,7 +165,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 _write_samples(samples_path, batch_problems, samples, rewards)
             last, stop = step == config.rl.steps, watch.asked()
             if step % config.rl.save_every == 0 or last or stop:
-                saved.save(step, train, position(config, folder, step))
+                state_of_run = to_save(config, train, reference)
+                saved.save(step, state_of_run, position(config, folder, step))
             if on_progress:
                 on_progress(step, config.rl.steps)
             if stop and not last:
@@ -187,6 +195,24 @@ def position(config: Config, folder: RunFolder, rollouts: int) -> dict[str, Any]
         "rollouts": rollouts,
         "pending_rollout": {"seed": config.seed, "step": rollouts + 1, "batch": rollouts},
     }
+
+
+def to_save(config: Config, train: state.TrainState, reference: Any) -> Any:
+    """What a checkpoint holds: the train state, and the reference policy where it moves."""
+    moves = config.rl.reference_decay is not None
+    return {"train": train, "reference": reference} if moves else train
+
+
+def from_saved(config: Config, saved: Any, reference: Any) -> tuple[state.TrainState, Any]:
+    """The train state and the reference policy of a checkpoint."""
+    moves = config.rl.reference_decay is not None
+    return (saved["train"], saved["reference"]) if moves else (saved, reference)
+
+
+@jax.jit
+def moved(reference: Any, params: Any, decay: Any) -> Any:
+    """The reference policy after an update: decay · itself + (1 − decay) · the policy."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, reference, params)
 
 
 def without_too_long(
@@ -409,6 +435,21 @@ def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
     return slices * config.rl.epochs
 
 
+def step_truth(
+    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
+) -> jax.Array | None:
+    """[B, K]: which steps are right (+1) and wrong (−1), 0 where there is none, for metrics alone.
+    None for a task that does not know."""
+    known = [task.labels(p, s.text)[0] for p, s in zip(problems, samples, strict=True)]
+    if any(labels is None for labels in known):
+        return None
+    truth = np.zeros((len(known), MAX_STEPS), np.int8)
+    for row, labels in zip(truth, known, strict=True):
+        signs = np.where(np.array(labels, bool), 1, -1)[:MAX_STEPS]
+        row[: len(signs)] = signs
+    return jnp.asarray(truth)
+
+
 def token_step_ids(
     task: tasks.Task, tokenizer: Any, samples: Sequence[SampledText], num_tokens: int
 ) -> np.ndarray:
@@ -506,10 +547,13 @@ def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, A
     )
     msa = masked_step(returns, inputs.mask, inputs.group_size)
     steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
-    return {
+    metrics = {
         "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
         "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
     }
+    if inputs.step_truth is not None:
+        metrics["spro/process_reward_auc_truth"] = process_reward_auc(steps, inputs.step_truth)
+    return metrics
 
 
 def _advantage_options(config: Config) -> str:
@@ -534,6 +578,11 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
     """Parameters of π_ref, the initial policy unless `rl.reference_model` names another; None where
     nothing compares with it. They are computed with the policy's configuration."""
     if not needs_reference_policy(config):
+        if config.rl.reference_decay is not None:
+            raise launch.ConfigError(
+                f"rl.reference_decay={config.rl.reference_decay} moves a reference policy that "
+                f"rl.advantage={config.rl.advantage!r} without a KL term does not use; leave it out"
+            )
         return None
     if not config.rl.reference_model:
         return initial

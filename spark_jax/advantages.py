@@ -394,6 +394,7 @@ class AdvantageInputs:
     ref_logprobs: Any = None  # Float[B, T]
     verdicts: Any = None  # Int[B, K]: +1 correct, −1 incorrect, 0 no verdict
     step_ids: Any = None  # Int[B, T]: 0..K−1, −1 outside any step
+    step_truth: Any = None  # Int[B, K], as verdicts: the ground truth, read by metrics alone
 
 
 def _grpo_entry(inputs: AdvantageInputs, **options: Any) -> Float[Array, "B T"]:

@@ -76,6 +76,28 @@ def test_another_reference_policy(tiny, reward_models, tmp_path):
     assert learned(tmp_path, tiny)
 
 
+def test_a_reference_policy_that_moves_with_the_policy_gives_no_process_reward(tiny, tmp_path):
+    changes = {
+        "rl.reward": "rule_based",
+        "rl.advantage": "spro",
+        "rl.optimizer.learning_rate": 1e-2,
+    }
+    sizes = {}
+    for decay in (None, 0.0, 0.9):
+        path = tmp_path / str(decay)
+        run(tiny, path, changes | {"rl.reference_decay": decay})
+        metrics = read_metrics(path / "metrics.jsonl")
+        sizes[decay] = metrics[-1]["spro/msa_mean_absolute"]
+        assert 0 <= metrics[-1]["spro/process_reward_auc_truth"] <= 1
+    assert sizes[0.0] < 1e-4 * sizes[0.9]
+    assert sizes[0.9] < sizes[None]
+
+
+def test_a_moving_reference_that_nothing_reads_is_refused(tiny, tmp_path):
+    with pytest.raises(launch.ConfigError, match=r"reference_decay=0\.5 moves.*does not use"):
+        run(tiny, tmp_path, {"rl.reward": "rule_based", "rl.reference_decay": 0.5})
+
+
 @pytest.mark.parametrize("field", ["rope_theta", "num_heads"])
 def test_a_reference_policy_of_another_shape_is_refused(tiny, tmp_path, field):
     base = launch.load_model(tiny.model)
@@ -185,11 +207,12 @@ def test_references_are_out_of_reach(tiny, reward_models, tmp_path, monkeypatch,
     assert truth[0] != truth[1]  # the corruption did reach what looks at references
 
 
-@pytest.mark.parametrize("calls", [1, 3])
-def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls):
+@pytest.mark.parametrize(("calls", "decay"), [(1, None), (3, None), (3, 0.5)])
+def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls, decay):
     """Killed before the first checkpoint, and between two; started again in the same folder."""
     changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4}
-    config = launch.changed(tiny, changes | {"rl.save_every": 2, "rl.evaluate_every": 2})
+    changes |= {"rl.save_every": 2, "rl.evaluate_every": 2, "rl.reference_decay": decay}
+    config = launch.changed(tiny, changes)
     train_rl.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_rl.run(config, tmp_path / "broken", stop_at(calls))
