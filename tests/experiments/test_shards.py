@@ -110,7 +110,7 @@ def test_contents_that_do_not_fit_are_refused(config, parts):
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0,), (0.0, 2)])
 def test_impossible_shards_are_refused(config, shard):
-    with pytest.raises(launch.ConfigError, match="generate.shard="):
+    with pytest.raises(launch.ConfigError, match=r"generate\.shard="):
         launch.check_stage1(launch.changed(config, {"generate.shard": shard}))
 
 

@@ -1,0 +1,154 @@
+"""One of two processes of test_processes.py: they exchange values and write checkpoints."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spark_jax.parallel import processes
+from spark_jax.parallel.mesh import make_mesh
+from spark_jax.training.checkpointing import Checkpoints
+from spark_jax.training.metrics import MetricsWriter
+from spark_jax.training.run_folder import OtherRun, RunFolder
+
+
+def exchanged(me):
+    assert processes.exchange({"me": me, "text": "x" * 1000 * me}) == [
+        {"me": 0, "text": ""},
+        {"me": 1, "text": "x" * 1000},
+    ]
+    assert processes.any_of(me == 1)
+    assert not processes.any_of(False)
+    assert processes.on_main(lambda: f"of {me}") == "of 0"
+    for rows in ([], [1], [1, 2, 3, 4, 5]):
+        done = processes.share(rows, lambda part: [(row, me) for row in part])
+        assert [row for row, _ in done] == rows
+        if len(rows) == 5:
+            assert [who for _, who in done] == [0, 0, 1, 1, 1]
+
+
+def errors_are_everyones(me):
+    for call in (
+        lambda: processes.on_main(lambda: 1 // 0),
+        lambda: processes.share([1, 2], lambda part: [1 // (part[0] - 2)]),  # the second one's
+        lambda: processes.lead(lambda led: 1 // led(0), lambda x: processes.exchange(x)[1]),
+    ):
+        try:
+            call()
+        except ZeroDivisionError:
+            continue
+        raise AssertionError(f"process {me} did not hear of it")
+
+
+def led(me):
+    """The second process follows, and has the result."""
+    calls = []
+
+    def call(x, *, times):
+        calls.append(x)
+        return sum(processes.exchange(x * times))
+
+    def work(call):
+        assert me == 0
+        return [call(x, times=2) for x in (1, 2, 3)]
+
+    assert processes.lead(work, call) == [4, 8, 12]
+    assert calls == [1, 2, 3]
+
+
+def state_on(mesh, spec, scale=1):
+    where = NamedSharding(mesh, spec)
+    full = scale * np.arange(32, dtype=np.float32).reshape(8, 4)
+    array = jax.make_array_from_callback(full.shape, where, lambda index: full[index])
+    count = jax.device_put(np.int32(scale), NamedSharding(mesh, P()))
+    return {"array": array, "count": count}, full
+
+
+def checkpoints(me, path):
+    one, other = make_mesh({"fsdp": 2}), make_mesh({"data": 2})
+    with Checkpoints(path, keep=None) as saved:
+        for step in (1, 2, 3):
+            saved.save(step, state_on(one, P("fsdp"), step)[0], {"step": step})
+    if me == 0:  # a file of the newest one is cut
+        values = max((path / "3").rglob("d/*"), key=lambda file: file.stat().st_size)
+        values.write_bytes(values.read_bytes()[: values.stat().st_size // 2])
+    processes.exchange(None)
+    template, _ = state_on(other, P(None, "data"))
+    with Checkpoints(path, keep=None) as saved, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state, extra = saved.restore_latest(template)
+        said = [str(w.message) for w in caught if "3.torn, going on from step 2" in str(w.message)]
+        assert len(said) == (1 if me == 0 else 0)
+        assert extra == {"step": 2}
+        assert state["array"].sharding == template["array"].sharding
+        _, full = state_on(other, P(), 2)
+        for shard in state["array"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, full[shard.index])
+        saved.save(3, state, {"step": 3})
+    assert (path / "3.torn").is_dir()
+
+
+def unreadable_for_one(me, path):
+    """What one process cannot read is skipped by both."""
+    mesh = make_mesh({"fsdp": 2})
+    with Checkpoints(path) as saved:
+        for step in (1, 2):
+            saved.save(step, state_on(mesh, P("fsdp"), step)[0])
+        saved.wait()
+        whole = saved._restore
+        if me == 1:
+
+            def fails_once(step, template):
+                if step == 2:
+                    raise OSError("no such bucket")
+                return whole(step, template)
+
+            saved._restore = fails_once
+        state, _ = saved.restore_latest(state_on(mesh, P("fsdp"))[0])
+        assert int(state["count"]) == 1
+
+
+def files(me, path):
+    folder = RunFolder.open(path, {"a": 1})
+    assert not folder.resumed
+    with MetricsWriter(path) as metrics:
+        metrics.scalars(1, {"me": jnp.float32(me)})
+    assert RunFolder.open(path, {"a": 1}).resumed
+    try:
+        RunFolder.open(path, {"a": 2})
+    except OtherRun as error:
+        assert "a: 1 in the folder, 2 now" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("another configuration was taken")
+    folder.write_summary({"me": me})
+    processes.exchange(None)
+    assert folder.read_summary() == {"me": 0}
+    rows = (path / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1
+    assert '"me": 0.0' in rows[0]
+
+
+def main():
+    path = Path(sys.argv[1])
+    processes.start()
+    processes.start()  # the second call does nothing
+    me = jax.process_index()
+    assert jax.process_count() == 2
+    with jax.set_mesh(make_mesh({"data": 2})):
+        exchanged(me)
+        led(me)
+        errors_are_everyones(me)
+        files(me, path / "run")
+    checkpoints(me, path / "checkpoints")
+    unreadable_for_one(me, path / "others")
+    processes.finish()
+    print("all is well")
+
+
+if __name__ == "__main__":
+    main()
