@@ -11,6 +11,10 @@ All slots write their new keys at one common column of a ring, so a write is one
 many of the ring's latest columns are a slot's own follows from its token count. The inner loop runs
 on a ring just large enough for the longest response under way, so attention is bounded to what is
 filled; the rings come in a few sizes, each compiled once into the program.
+
+With a mesh in scope the lanes, with their cache, are spread over it, and stay where they are:
+prompts are prefilled where they are decoded, and samples are taken over among the lanes of one
+device. What is known of lanes and slots, and the outputs, every device has whole.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from spark_jax.decoding.sampling import Sampling, sample
 from spark_jax.models import cache as kv_cache
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import batch_shards, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Shape:
     group_size: int  # G, samples per prompt
     columns: int  # T, most response tokens
     prefill: int  # prompts prefilled at once, and the free lanes that are waited for
+    shards: int = 1  # of the lanes, on as many devices; R and `prefill` are multiples of it
 
     @property
     def rings(self) -> tuple[int, ...]:
@@ -93,6 +99,12 @@ def decode(
     params: transformer.Params, requests: Requests, key: Array, *, config: ModelConfig, shape: Shape
 ) -> Outputs:
     """Runs all requests; see `generate` for the meaning of the results."""
+    if shape.shards != batch_shards():
+        raise ValueError(
+            f"lanes for {shape.shards} devices, but data*fsdp={batch_shards()} in the mesh in "
+            "scope; prepare the work with the mesh in scope that it is done with"
+        )
+    requests = _everywhere(requests)
     num_prompts, prompt_length = requests.tokens.shape
     idle = num_prompts * shape.group_size
     stacked = not isinstance(params.layers, tuple)
@@ -132,18 +144,18 @@ def decode(
     run = partial(_step, params, requests, key, config=config, shape=shape)
 
     def can_admit(lanes: _Lanes, waiting: Array) -> Bool[Array, ""]:
-        free = jnp.sum(_free_lanes(lanes, idle))
+        rows = _rows_of_prefill(_free_lanes(lanes, idle), shape)
         left = requests.count - waiting
-        return (left > 0) & (free >= jnp.minimum(left, shape.prefill))
+        return (left > 0) & (jnp.sum(rows < shape.prefill) >= jnp.minimum(left, shape.prefill))
 
     def admit(carry: tuple[kv_cache.Cache, _Lanes, Array]) -> tuple[kv_cache.Cache, _Lanes, Array]:
         return _admit(params, requests, *carry, idle=idle, config=config, shape=shape)
 
     def can_take_over(lanes: _Lanes, waiting: Array) -> Bool[Array, ""]:
-        return (waiting >= requests.count) & _can_take_over(lanes, idle)
+        return (waiting >= requests.count) & _can_take_over(lanes, idle, shape.shards)
 
     def take_over(carry: tuple[kv_cache.Cache, _Lanes]) -> tuple[kv_cache.Cache, _Lanes]:
-        return _take_over(requests, *carry, idle=idle)
+        return _take_over(requests, *carry, idle=idle, shards=shape.shards)
 
     def outer(carry: tuple[_State, Array]) -> tuple[_State, Array]:
         (cache, lanes, outputs), waiting = carry
@@ -166,7 +178,7 @@ def decode(
 
     carry = ((cache, lanes, outputs), jnp.int32(0))
     (_, _, outputs), _ = jax.lax.while_loop(unfinished, outer, carry)
-    return outputs
+    return _everywhere(outputs)
 
 
 def _admit(
@@ -181,34 +193,45 @@ def _admit(
     shape: Shape,
 ) -> tuple[kv_cache.Cache, _Lanes, Array]:
     """Prefills the next waiting prompts into free lanes and gives every slot its first sample."""
-    free = _free_lanes(lanes, idle)
-    rank = jnp.cumsum(free) - 1
-    left = jnp.minimum(requests.count - waiting, shape.prefill)
-    admitted = free & (rank < left)
+    row = _rows_of_prefill(_free_lanes(lanes, idle), shape)
+    rank = jnp.cumsum(row < shape.prefill) - 1
+    admitted = (row < shape.prefill) & (rank < requests.count - waiting)
+    row = jnp.where(admitted, row, shape.prefill)
     last = len(requests.order) - 1
-    prompts = requests.order[jnp.minimum(waiting + jnp.arange(shape.prefill), last)]
+    prompt = requests.order[jnp.clip(waiting + rank, 0, last)]  # of each lane
+    prompts = jnp.zeros(shape.prefill, jnp.int32).at[row].set(prompt, mode="drop")
     # The last prompt token is not prefilled: it is each sample's first decode step.
     new = transformer.prefill(
         params, config, requests.tokens[prompts], requests.lengths[prompts] - 1, cache.template
     )
-    order = jnp.where(admitted, rank, shape.prefill)
-    into = jnp.full(shape.prefill, shape.lanes).at[order].set(jnp.arange(shape.lanes), mode="drop")
+    own = jnp.arange(shape.lanes) % (shape.lanes // shape.shards)  # a lane's number in its shard
+    into = jnp.full(shape.prefill, shape.lanes).at[row].set(own, mode="drop")
     cache = kv_cache.insert(cache, new, into)
     lanes = dataclasses.replace(
         lanes,
-        prompt=jnp.where(admitted, prompts[jnp.clip(rank, 0, shape.prefill - 1)], lanes.prompt),
+        prompt=jnp.where(admitted, prompt, lanes.prompt),
         next_sample=jnp.where(admitted, 0, lanes.next_sample).astype(jnp.int32),
         last_sample=jnp.where(admitted, shape.group_size, lanes.last_sample).astype(jnp.int32),
     )
-    lanes = _hand_out_samples(lanes, requests, idle)
+    lanes = _everywhere(_hand_out_samples(lanes, requests, idle))
     return cache, lanes, waiting + jnp.sum(admitted).astype(jnp.int32)
 
 
+def _rows_of_prefill(free: Bool[Array, " R"], shape: Shape) -> Int[Array, " R"]:
+    """Which row of the next prefill is for each free lane; `shape.prefill` where none is. The rows,
+    like the lanes, are spread over the shards, and each serves a lane of its own shard."""
+    own_rows = shape.prefill // shape.shards
+    by_shard = free.reshape(shape.shards, -1)
+    rank = jnp.cumsum(by_shard, axis=1) - 1
+    row = jnp.arange(shape.shards)[:, None] * own_rows + rank
+    return jnp.where(by_shard & (rank < own_rows), row, shape.prefill).reshape(-1)
+
+
 def _take_over(
-    requests: Requests, cache: kv_cache.Cache, lanes: _Lanes, *, idle: int
+    requests: Requests, cache: kv_cache.Cache, lanes: _Lanes, *, idle: int, shards: int
 ) -> tuple[kv_cache.Cache, _Lanes]:
-    """Each free lane takes half of the samples not begun of the lane that has most of them, with a
-    copy of its prompt."""
+    """Each free lane takes half of the samples not begun of the lane that has most of them, of its
+    own shard, with a copy of its prompt."""
 
     def one(carry: tuple[_Lanes, Array]) -> tuple[_Lanes, Array]:
         lanes, source = carry
@@ -224,13 +247,33 @@ def _take_over(
         )
         return _hand_out_samples(lanes, requests, idle), source.at[taker].set(source[giver])
 
-    carry = (lanes, jnp.arange(len(lanes.prompt)))
-    lanes, source = jax.lax.while_loop(lambda c: _can_take_over(c[0], idle), one, carry)
+    def all_of_a_shard(lanes: _Lanes) -> tuple[_Lanes, Array]:
+        carry = (lanes, jnp.arange(len(lanes.prompt)))
+        return jax.lax.while_loop(lambda c: _can_take_over(c[0], idle, 1), one, carry)
+
+    lanes, source = _everywhere(_in_shards(all_of_a_shard, lanes, shards))
     return kv_cache.rearrange(cache, source), lanes
 
 
-def _can_take_over(lanes: _Lanes, idle: int) -> Bool[Array, ""]:
-    return jnp.any(lanes.next_sample < lanes.last_sample) & jnp.any(_free_lanes(lanes, idle))
+def _can_take_over(lanes: _Lanes, idle: int, shards: int) -> Bool[Array, ""]:
+    def any_can(lanes: _Lanes) -> Bool[Array, "#1"]:
+        unbegun = lanes.next_sample < lanes.last_sample
+        return (jnp.any(unbegun) & jnp.any(_free_lanes(lanes, idle)))[None]
+
+    return jnp.any(_in_shards(any_can, lanes, shards))
+
+
+def _in_shards(function: Callable[[_Lanes], Any], lanes: _Lanes, shards: int) -> Any:
+    """The function of every shard's lanes alone, its results joined along their first axes."""
+    if shards == 1:
+        return function(lanes)
+    split = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), lanes)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(function)(split))
+
+
+def _everywhere(tree: Any) -> Any:
+    """All of it on every device of the mesh in scope."""
+    return jax.tree.map(lambda x: constrain(x, (None,) * jnp.ndim(x)), tree)
 
 
 def _decode_until(
@@ -286,6 +329,7 @@ def _step(
 ) -> _State:
     """One token for every slot: forward, sample, write out, stop or hand out the next sample."""
     cache, lanes, outputs = state
+    lanes = _everywhere(lanes)
     idle = outputs.counts.shape[0]
     busy = lanes.request < idle
     queued = (waiting < requests.count) | jnp.any(lanes.next_sample < lanes.last_sample)
@@ -298,9 +342,9 @@ def _step(
     )
     per_lane = jax.tree.map(lambda x: x[lanes.prompt], requests.sampling)
     per_slot = jax.tree.map(lambda x: jnp.repeat(x, shape.width, axis=0), per_lane)
-    drawn = sample(
-        scores.reshape(-1, scores.shape[-1]), _uniforms(key, lanes).reshape(-1), per_slot
-    )
+    # Whole rows of scores: each device draws the tokens of some slots, and tells them to all.
+    rows = constrain(scores.reshape(-1, scores.shape[-1]), ("rows", None))
+    drawn = _everywhere(sample(rows, _uniforms(key, lanes).reshape(-1), per_slot))
     token, logprob, sampling_logprob = (x.reshape(busy.shape) for x in drawn)
 
     stop = busy & jnp.any(token[..., None] == per_lane.stop_ids[:, None], axis=-1)
@@ -320,7 +364,8 @@ def _step(
     lanes = dataclasses.replace(
         lanes, request=jnp.where(done, idle, lanes.request), token=token, count=count
     )
-    return cache, _hand_out_samples(lanes, requests, idle), outputs
+    lanes = _hand_out_samples(lanes, requests, idle)
+    return cache, _everywhere(lanes), _everywhere(outputs)
 
 
 def _hand_out_samples(lanes: _Lanes, requests: Requests, idle: int) -> _Lanes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from spark_jax.decoding.rollout import Rollout
 from spark_jax.decoding.sampling import Sampling
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import batch_shards, constrain, mesh_in_scope
 
 # Sharing costs two more matrix products per layer and step, and saves (P - 1) · C prompt tokens:
 # below this it is not worth another program.
@@ -49,6 +52,10 @@ def generate(
     drawn with a uniform number that depends on (key, b, t) alone, so the result does not depend on
     how rows were scheduled into slots.
 
+    With a mesh in scope the lanes are spread over its devices: their number is rounded up to a
+    multiple of data · fsdp, and prompts too few for that are prefilled on several devices. The
+    rollout is then of NumPy arrays, the same on every process.
+
     Args:
       params: in either layout; `decoding.layout` picks the fast one for the platform.
       prompts: P lists of token ids.
@@ -81,7 +88,7 @@ def generate(
     out = decoder.decode(params, work.requests, key, config=config, shape=work.shape)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     left_padded = _left_padded(prompts, max_prompt_length or ladder(int(lengths.max())))
-    return _rollout(out, left_padded, lengths, work.limit, work.shape, work.prefix)
+    return _rollout(out, left_padded, lengths, work, samples_per_prompt)
 
 
 class Work(NamedTuple):
@@ -106,7 +113,7 @@ def prepare(
     min_shared_prefix: int = MIN_SHARED_PREFIX,
 ) -> Work:
     """The checks and static shapes of `generate`, whose arguments these are: all but the decoding,
-    so that its program can also be compiled ahead of time."""
+    so that its program can also be compiled ahead of time. Both with the same mesh in scope."""
     limits = _limits(max_new_tokens, len(prompts))
     lengths = _check_prompts(prompts, config.vocab_size, max_prompt_length)
     _check_positions(lengths, limits, config.max_positions)
@@ -114,25 +121,19 @@ def prepare(
     prefix = shared_prefix(prompts, min_shared_prefix)
     own = [prompt[prefix:] for prompt in prompts]
     own_length = max_prompt_length - prefix if max_prompt_length else ladder(max(map(len, own)))
-    padded, columns = ladder(len(prompts)), ladder(int(limits.max()))
-    if slots is None or slots >= len(prompts) * samples_per_prompt:
-        width = min(slots_per_lane or samples_per_prompt, samples_per_prompt)
-        shape = decoder.Shape(padded, width, samples_per_prompt, columns, prefill=padded)
-    else:
-        width = slots_per_lane or _lane_width(samples_per_prompt, own_length, columns)
-        width = min(width, samples_per_prompt, slots)
-        lanes = max(1, slots // width)
-        prefill = max(1, min(lanes // 4, -(-PREFILL_TOKENS // own_length)))
-        shape = decoder.Shape(lanes, width, samples_per_prompt, columns, prefill)
-    requests = decoder.Requests(
-        tokens=_right_padded(own, padded, own_length),
-        lengths=_pad(lengths - prefix, padded),
-        max_new_tokens=_pad(limits, padded),
-        order=_pad(_admission_order(lengths, limits), padded),
-        sampling=jax.tree.map(lambda x: _pad(x, padded), sampling.per_prompt(len(prompts))),
-        count=np.int32(len(prompts)),
-        template=np.asarray(prompts[0][:prefix], np.int32) if prefix else None,
+    copies = _copies(len(prompts), samples_per_prompt, batch_shards())
+    shape = _shape(
+        len(prompts) * copies,
+        samples_per_prompt // copies,
+        own_length,
+        ladder(int(limits.max())),
+        slots,
+        slots_per_lane,
     )
+    requests = _requests(own, limits, sampling, copies, own_length)
+    if prefix:
+        template = np.asarray(prompts[0][:prefix], np.int32)
+        requests = dataclasses.replace(requests, template=template)
     return Work(requests, shape, int(limits.max()), prefix)
 
 
@@ -154,8 +155,64 @@ def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PR
 def compiled_programs() -> int:
     """Programs this process has compiled for decoding: one per combination of static sizes, and one
     per conversion of parameters. Settings, lengths within their bucket and keys compile nothing."""
-    functions: tuple[Any, ...] = (decoder.decode, _unstack)
+    functions: tuple[Any, ...] = (decoder.decode, _unstack, _spread)
     return sum(function._cache_size() for function in functions)
+
+
+def _shape(
+    prompts: int,
+    group_size: int,
+    prompt_length: int,
+    columns: int,
+    slots: int | None,
+    slots_per_lane: int | None,
+) -> decoder.Shape:
+    shards = batch_shards()
+    if slots is None or slots >= prompts * group_size:
+        lanes = _multiple(ladder(prompts), shards)
+        width = min(slots_per_lane or group_size, group_size)
+        return decoder.Shape(lanes, width, group_size, columns, lanes, shards)
+    width = slots_per_lane or _lane_width(group_size, prompt_length, columns)
+    width = min(width, group_size, slots)
+    lanes = _multiple(max(1, slots // width), shards)
+    prefill = max(1, min(lanes // shards // 4, -(-PREFILL_TOKENS // prompt_length)))
+    return decoder.Shape(lanes, width, group_size, columns, prefill * shards, shards)
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]],
+    limits: np.ndarray,
+    sampling: Sampling,
+    copies: int,
+    length: int,
+) -> decoder.Requests:
+    """Each prompt as so many requests, neighbours, so that the rows of the output stay in order."""
+    count = len(prompts) * copies
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        return _pad(np.repeat(x, copies, axis=0), ladder(count))
+
+    order = _admission_order(np.repeat(lengths, copies), np.repeat(limits, copies))
+    return decoder.Requests(
+        tokens=rows(_right_padded(prompts, len(prompts), length)),
+        lengths=rows(lengths),
+        max_new_tokens=rows(limits),
+        order=_pad(order, ladder(count)),
+        sampling=jax.tree.map(rows, sampling.per_prompt(len(prompts))),
+        count=np.int32(count),
+    )
+
+
+def _copies(prompts: int, group_size: int, shards: int) -> int:
+    """The fewest requests to make of each prompt, with equal parts of its samples, for every shard
+    to have one: a lane, which has one prompt, lies on one device."""
+    divisors = (n for n in range(1, group_size) if group_size % n == 0)
+    return next((n for n in divisors if prompts * n >= shards), group_size)
+
+
+def _multiple(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _admission_order(lengths: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -174,7 +231,10 @@ def _lane_width(group_size: int, prompt_length: int, columns: int) -> int:
 def layout(params: transformer.Params, config: ModelConfig) -> transformer.Params:
     """Parameters as decoding wants them here: one array per layer on CPU (3-7x faster than a scan
     there), stacked elsewhere; in the compute dtype. Call once per policy update. Always a copy, so
-    that a train step may donate the original."""
+    that a train step may donate the original. With a mesh in scope they are stacked, and spread
+    over it by their logical axes."""
+    if mesh_in_scope() is not None:
+        return _spread(params, config)
     if jax.default_backend() == "cpu":
         return _unstack(params, config)
     return jax.tree.map(lambda x: jnp.array(x, config.compute_dtype, copy=True), params)
@@ -189,16 +249,23 @@ def ladder(n: int) -> int:
 _unstack = jax.jit(transformer.unstack, static_argnums=1)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _spread(params: transformer.Params, config: ModelConfig) -> transformer.Params:
+    def one(x: Array, names: tuple[str | None, ...]) -> Array:
+        return constrain(jnp.array(x, config.compute_dtype, copy=True), names)
+
+    return jax.tree.map(one, params, transformer.logical_axes(config))
+
+
 def _rollout(
     out: decoder.Outputs,
     left_padded: np.ndarray,
     lengths: np.ndarray,
-    limit: int,
-    shape: decoder.Shape,
-    prefix: int,
+    work: Work,
+    samples_per_prompt: int,
 ) -> Rollout:
     """Cuts the padding off on the host: sliced on the device, every size would compile anew."""
-    rows = len(left_padded) * shape.group_size
+    rows, limit, shape = len(left_padded) * samples_per_prompt, work.limit, work.shape
     out = jax.device_get(out)
     counts = out.counts[:rows]
     queued = int(out.queued_steps) * shape.lanes * shape.width
@@ -214,9 +281,11 @@ def _rollout(
         decode_steps=out.steps,
         slot_occupancy=np.float32(counts.sum() / slot_steps),
         queue_occupancy=np.float32(out.queued_tokens / queued if queued else 1.0),
-        shared_prefix=np.int32(prefix),
-        group_size=shape.group_size,
+        shared_prefix=np.int32(work.prefix),
+        group_size=samples_per_prompt,
     )
+    if mesh_in_scope() is not None:
+        return rollout  # every process has all of it: the next program spreads what it takes
     return jax.device_put(rollout)  # unlike jnp.asarray, compiles nothing
 
 

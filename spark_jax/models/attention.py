@@ -20,8 +20,8 @@ from spark_jax.models.cache import Segment
 from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
 
 LONG = 4096  # tokens
-BLOCK_SCORES = 2**20
-"""Scores of one head and row that "blockwise" holds at once: 4 MiB."""
+BLOCK_SCORES = 2**19
+"""Scores of one head and row that "blockwise" holds at once: 2 MiB."""
 
 _MASKED = -1e30  # finite, so that a fully masked row gives uniform weights rather than NaN
 

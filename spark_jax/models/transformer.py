@@ -230,10 +230,11 @@ def decode_step(
     """
     lanes, width = tokens.shape
     prompt_mask = jnp.arange(cache.prompt_length) < cache.prompt.lengths[:, None]
+    own_mask = constrain(own_mask.reshape(lanes * width, -1), ("batch", None))
 
     def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Array, Array]]:
         kv = kv.write(k[:, 0], v[:, 0], column)
-        out = attention.cached(q[:, 0], kv, prompt_mask, own_mask.reshape(lanes * width, -1))
+        out = attention.cached(q[:, 0], kv, prompt_mask, own_mask)
         return out[:, None], (kv.keys, kv.values)
 
     hidden, (keys, values) = _run(
@@ -303,7 +304,9 @@ def _run(
     stream: Names = _SEQUENCES,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Embeds, runs every layer, norms. Scans stacked layers and unrolls a tuple of them."""
-    angles = _rotary_table(positions, config)
+    angles = tuple(
+        constrain(x, ("batch", "length", None, None)) for x in _rotary_table(positions, config)
+    )
     x = constrain(_embed(params, config, tokens), stream)
 
     def step(x: Array, inputs: tuple[Layer | FusedLayer, Any]) -> tuple[Array, Any]:
@@ -333,7 +336,7 @@ def _layer(
     x: Float[Array, "B T D"],
     layer: Layer | FusedLayer,
     config: ModelConfig,
-    angles: tuple[Array, Array],
+    angles: tuple[Array, ...],
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     stream: Names,
 ) -> tuple[Float[Array, "B T D"], Any]:
@@ -445,7 +448,7 @@ def _refuse_unscaled_positions(length: int, config: ModelConfig) -> None:
         )
 
 
-def _rotate(x: Float[Array, "B T H K"], angles: tuple[Array, Array]) -> Float[Array, "B T H K"]:
+def _rotate(x: Float[Array, "B T H K"], angles: tuple[Array, ...]) -> Float[Array, "B T H K"]:
     """Rotary embedding in the half-split layout of Hugging Face checkpoints."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from spark_jax.parallel.sharding import constrain
 from spark_jax.training.state import TrainState
 
 LossFunction = Callable[[Any, Any], tuple[Float[Array, ""], Any]]
@@ -38,7 +39,7 @@ def apply_update(
       `loss` (nats), `grad_norm` (before clipping) and `update_skipped` (0 or 1).
 
     Raises:
-      ValueError: B is not a multiple of `accumulation_steps`.
+      ValueError: B is not a multiple of `accumulation_steps`, or of the mesh in scope.
     """
     loss, grads, per_row = accumulate_gradients(
         loss_function, state.params, batch, accumulation_steps
@@ -71,7 +72,11 @@ def accumulate_gradients(
 ) -> tuple[Float[Array, ""], Any, Any]:
     """Loss, gradient and per-row arrays of a batch of B rows, `B / accumulation_steps` at a time.
 
-    Gradients are summed in float32 and returned in the parameters' dtype.
+    Gradients are summed in float32 and returned in the parameters' dtype. With a mesh in scope the
+    rows of each micro-batch are spread over it.
+
+    Raises:
+      ValueError: rows that `accumulation_steps` or the mesh do not divide, with the numbers.
     """
     value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -81,11 +86,12 @@ def accumulate_gradients(
             "choose a divisor"
         )
     if accumulation_steps == 1:
-        (loss, per_row), grads = value_and_grad(params, batch)
+        (loss, per_row), grads = value_and_grad(params, _spread_rows(batch, rows))
         return loss, grads, per_row
 
     def add(total: tuple[Array, Any], micro_batch: Any) -> tuple[tuple[Array, Any], Any]:
-        (loss, per_row), grads = value_and_grad(params, micro_batch)
+        rows_at_once = _spread_rows(micro_batch, rows // accumulation_steps)
+        (loss, per_row), grads = value_and_grad(params, rows_at_once)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, grads)), per_row
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -97,6 +103,17 @@ def accumulate_gradients(
 
 def _global_norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _spread_rows(batch: Any, rows: int) -> Any:
+    """The arrays of so many rows, laid over the mesh in scope by row."""
+
+    def spread(x: Array) -> Array:
+        if jnp.ndim(x) == 0 or len(x) != rows:
+            return x
+        return constrain(x, ("batch", *[None] * (x.ndim - 1)))
+
+    return jax.tree.map(spread, batch)
 
 
 def _split_rows(x: Array, steps: int) -> Array:
