@@ -9,8 +9,7 @@ initial policy, prompts and responses of 2048 tokens. Our reading, where it is s
 problems, the fine-tuning of the reward model, 400 RL steps, AdamW's weight decay.
 
 The verifier alone is 64 GB in bfloat16, and the policy with its moments 91 GB: more than one device
-holds. The experiments do not spread a model over several yet, so this is for reading, and for
-smaller models in the place of these.
+holds, so everything is spread over all devices of all processes there are (`mesh`).
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +22,8 @@ def get_config() -> ConfigDict:
     config.run_dir = "runs/spark_qwen25_math_7b"
     config.model = "Qwen/Qwen2.5-Math-7B"
     config.dtype = "bfloat16"
+    # Parameters, moments and rows over all devices: least memory, and each layer's weights travel.
+    config.mesh.fsdp = -1
     config.task = "math"
     config.chat.arguments = ConfigDict({"enable_thinking": False})  # Qwen3 alone reads it
     config.decode.update(dict(max_prompt_length=4096, max_new_tokens=2048, slots=256))

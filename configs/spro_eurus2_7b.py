@@ -8,8 +8,8 @@ rewards is the initial policy. Our reading, where it is silent: beta .05 (PRIME'
 step, responses of 3072 tokens, 240 steps, the problems of MATH.
 
 No reward model, so the policy is all there is: 91 GB of float32 parameters and moments, 30 GB of
-gradients, 30 GB of the initial policy, the reference. That is more than one device holds, and the
-experiments do not spread a model over several yet: `spro_qwen25_1_5b` is the size that runs.
+gradients, 30 GB of the initial policy, the reference. That is more than one device holds, so all is
+spread over all devices of all processes there are (`mesh`).
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.run_dir = "runs/spro_eurus2_7b"
     config.model = "PRIME-RL/Eurus-2-7B-SFT"
     config.dtype = "bfloat16"
+    # Parameters, moments and rows over all devices: least memory, and each layer's weights travel.
+    config.mesh.fsdp = -1
     config.task = "math"
     config.decode.update(dict(max_prompt_length=1024, max_new_tokens=3072, slots=256))
     config.rl.update(
