@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,6 +35,7 @@ from spark_jax.experiments import (
     train_rl,
 )
 from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.parallel import processes
 from spark_jax.reports import plots, study, tables
 from spark_jax.training.run_folder import RunFolder
 
@@ -46,7 +48,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     if config.quick:
         config, path = quick_version(config), path.with_name(f"{path.name}-quick")
     folder = RunFolder.open(path, config)
-    console = Console()
+    console = Console(quiet=not processes.is_main())
     with progress_bars(console) as progress:
         if config.pretrain:
             config = make_base(config, path / BASE, progress)
@@ -86,14 +88,18 @@ def run(config: Config, path: Path) -> dict[str, Any]:
             ],
         )
 
-    results = study.collect(
-        path,
-        seeds=seeds,
-        methods=(BASE, *config.verify.methods),
-        arms=list(config.pipeline.arms),
-        folders=study.Folders(stage1, prm, rl),
+    results = processes.on_main(
+        lambda: study.collect(
+            path,
+            seeds=seeds,
+            methods=(BASE, *config.verify.methods),
+            arms=list(config.pipeline.arms),
+            folders=study.Folders(stage1, prm, rl),
+        )
     )
     folder.write_summary(results)
+    if not processes.is_main():
+        return results
     (path / "tables.txt").write_text(tables.as_text(results))
     made = plots.draw(results, folder.plots)
     tables.show(results, console)
@@ -153,6 +159,16 @@ def check(config: Config) -> None:
             raise launch.ConfigError(f"pipeline.{name} is empty; give at least one")
     if config.pipeline.workers < 1:
         raise launch.ConfigError(f"pipeline.workers={config.pipeline.workers}; needs at least 1")
+    if config.pipeline.workers > 1 and jax.process_count() > 1:
+        raise launch.ConfigError(
+            f"pipeline.workers={config.pipeline.workers} with {jax.process_count()} processes, "
+            "which must run their programs in one order; set pipeline.workers=1"
+        )
+    if config.generate.shard[1] > 1:
+        raise launch.ConfigError(
+            f"generate.shard={tuple(config.generate.shard)}: a pipeline makes all of stage I; "
+            "leave it at (0, 1)"
+        )
     for arm in config.pipeline.arms.values():
         launch.check_rl(arm_config(config, arm, seed=0, reward_model=""))
 
@@ -188,6 +204,7 @@ def make_base(config: Config, path: Path, progress: Progress) -> Config:
             settings=settings,
             on_progress=lambda step, _: progress.update(bar, completed=step),
         )
+    processes.exchange(None)  # the first process writes it
     return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
 
 

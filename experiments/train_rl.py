@@ -69,7 +69,7 @@ from spark_jax.text_generation import (
     sample_rollout,
     text_sampler,
 )
-from spark_jax.training import optimizer, spread
+from spark_jax.training import optimizer, spread, state
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
