@@ -140,8 +140,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 config, model_config, train.params, reference, rollout, rewards, judged, steps
             )
             if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-                truth = step_truth(task, batch_problems, samples)
-                inputs = dataclasses.replace(inputs, step_truth=truth)
+                known = step_truth(task, batch_problems, samples)
+                inputs = dataclasses.replace(inputs, step_truth=known)
             unmoved = int(train.step) == 0 and not config.rl.reference_model
             batch, values = make_batch(config, rollout, inputs, unmoved)
             updates = []
@@ -153,9 +153,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
             if config.rl.reference_decay is not None:
                 reference = moved(reference, train.params, config.rl.reference_decay)
+            # Graded while the devices still work on the updates, for which nothing has waited yet.
+            truth = truth_metrics(task, batch_problems, samples, judged)
 
-            values |= update_metrics(updates)
-            values |= judged.metrics | truth_metrics(task, batch_problems, samples, judged)
+            values |= update_metrics(updates) | judged.metrics | truth
             if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
                 scores = evaluate.policy_scores(config, task, policy)
                 values |= evaluation_metrics(scores)
