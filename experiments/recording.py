@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Problem, Verification
 from spark_jax.experiments import evaluate, launch
 from spark_jax.experiments.launch import Config
+from spark_jax.parallel import processes
 from spark_jax.prm.soft_score import soft_scores
 from spark_jax.reports import rollouts
 from spark_jax.reports.rollouts import Group, Response, RolloutRecord
@@ -41,6 +43,38 @@ def is_recorded(config: Config, step: int) -> bool:
     """The first and the last step, and every `rl.record.every`-th (None: those that evaluate)."""
     every = config.rl.record.every or config.rl.evaluate_every
     return bool(config.rl.record.problems) and (step in (1, config.rl.steps) or step % every == 0)
+
+
+def record(
+    path: Path,
+    config: Config,
+    step: int,
+    task: tasks.Task,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    samples: Sequence[SampledText],
+    judged: Judged,
+    rewards: np.ndarray,
+    inputs: AdvantageInputs,
+    correct: Sequence[bool | None],
+    *,
+    reward_model: TextModel | None,
+    asked: TextFormat,
+    usual_steps: float | None,
+) -> dict[str, float]:
+    """Keeps a rollout in the run folder `path`; returns metrics of the reward model's soft scores.
+
+    Arguments as in `soft_verdicts` (`asked` is how the reward model is) and `rollout_record`. All
+    processes call it, the first one writes.
+    """
+    soft = soft_verdicts(config, reward_model, asked, problems, samples, judged)
+    made = rollout_record(
+        config, step, task, tokenizer, problems, samples, judged, soft, rewards, inputs, correct,
+        usual_steps,
+    )  # fmt: skip
+    if processes.is_main():
+        rollouts.write(rollouts.step_file(path, step), made)
+    return soft_metrics(judged, soft)
 
 
 def soft_verdicts(

@@ -57,10 +57,10 @@ def facts(found: Sequence[Run]) -> list[str]:
     task = sorted({run.config["task"] for run in found if "task" in run.config})
     model = sorted({run.config["model"] for run in found if "model" in run.config})
     seeds = sorted({run.seed for run in found})
-    several = f"{len(found)} runs" if len(found) > 1 else ""
-    named = [f"task {', '.join(task)}", f"model {', '.join(model)}" if len(model) < 4 else ""]
-    seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    return [line for line in (several, *named, seed) if line]
+    lines = [f"{len(found)} runs"] if len(found) > 1 else []
+    lines += [f"task {', '.join(task)}"] if task else []
+    lines += [f"model {', '.join(model)}"] if 0 < len(model) < 4 else []
+    return [*lines, f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"]
 
 
 def stage_tables(path: Path, found: Sequence[Run]) -> list[Table]:

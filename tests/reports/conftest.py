@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from browsing import browser  # noqa: F401
 
 from spark_jax.reports import study
 from spark_jax.training.metrics import MetricsWriter
