@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import small_model
-from experiment_runs import Stop, metric_rows, stop_at
+from experiment_runs import metric_rows
 
 from spark_jax.experiments import launch, train_rl
 from spark_jax.training.checkpointing import Checkpoints
@@ -27,15 +27,18 @@ def assert_close(rows, others):
                 np.testing.assert_allclose(row[name], other[name], 1e-4, 1e-5, err_msg=name)
 
 
-def test_rl_on_a_mesh_is_rl_on_one_device_and_may_change_the_mesh_between(model, tmp_path):
-    """Metrics and weights of two steps; the one on the mesh is stopped after the first, and goes on
-    over another mesh."""
+def test_rl_on_a_mesh_is_rl_on_one_device(model, tmp_path, monkeypatch):
+    """Metrics and weights of two steps; and where state and moments lie."""
     train_rl.run(small_model.config(model), tmp_path / "one")
-    with pytest.raises(Stop):
-        train_rl.run(small_model.config(model, **MESH), tmp_path / "eight", stop_at(1))
-    other = {"mesh__fsdp": -1, "mesh__tensor": 1}
-    with pytest.warns(UserWarning, match="mesh data=2 fsdp=2 tensor=2 -> data=1 fsdp=8 tensor=1"):
-        train_rl.run(small_model.config(model, **other), tmp_path / "eight")
+    saved = []
+    save = Checkpoints.save
+
+    def noted(self, step, state, extra):
+        saved.append((jax.tree.map(lambda x: x.sharding, state), extra))
+        save(self, step, state, extra)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    train_rl.run(small_model.config(model, **MESH), tmp_path / "eight")
     assert_close(metric_rows(tmp_path / "eight"), metric_rows(tmp_path / "one"))
     ours, theirs = (launch.load_model(str(tmp_path / n / "model")).params for n in ("eight", "one"))
     base = launch.load_model(str(model)).params
@@ -44,23 +47,12 @@ def test_rl_on_a_mesh_is_rl_on_one_device_and_may_change_the_mesh_between(model,
         np.testing.assert_allclose(a, b, atol=3e-4)
         moved = max(moved, float(abs(a - c).max()))
     assert moved > 5e-4
-
-
-def test_state_and_batch_lie_spread(model, tmp_path, monkeypatch):
-    seen = []
-
-    def save(self, step, state, extra=None):
-        seen.append((state, extra))
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(Stop):
-        train_rl.run(small_model.config(model, **MESH), tmp_path, stop_at(1))
-    ((state, extra),) = seen
-    down, moment = state.params.layers.down, state.opt_state[1][0].mu.layers.down
-    for array in (down, moment):
-        assert array.sharding.spec == jax.P(None, "tensor", "fsdp")
-        assert array.addressable_shards[0].data.size == array.size // 4
-    assert extra["pending_rollout"] == {"seed": 0, "step": 2, "batch": 1}
+    for number, (state, extra) in enumerate(saved, start=1):
+        assert state.params.layers.down.spec == jax.P(None, "tensor", "fsdp")
+        assert state.opt_state[1][0].mu.layers.down == state.params.layers.down
+        assert state.step.spec == jax.P()
+        pending = {"seed": 0, "step": number + 1, "batch": number}
+        assert extra["pending_rollout"] == pending
 
 
 @pytest.mark.parametrize(

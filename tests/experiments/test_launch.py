@@ -40,6 +40,10 @@ from spark_jax.experiments import launch, pipeline
         ({"rl.minibatches": 3}, "rl.prompts_per_step=32 does not divide into 3 equal parts"),
         ({"rl.accumulation_steps": 7}, r"group_size\)=256 does not divide into 7"),
         ({"rl.group_size": 1}, "rl.group_size=1; it must be at least 2"),
+        ({"rl.keep_every": 0}, "rl.keep_every=0; it must be at least 1"),
+        ({"prm.save_every": 0}, "prm.save_every=0; it must be at least 1"),
+        ({"generate.shard": (0, 2)}, r"generate.shard=\(0, 2\): a pipeline makes all of stage I"),
+        ({"mesh.tensor": 2}, "mesh: mesh .*spans 2 devices, but there are 1; choose sizes"),
         ({"rl.evaluate_every": 0}, "rl.evaluate_every=0"),
         ({"rl.temperature": 0.7}, "rl.temperature=0.7; it must be 1"),
         ({"rl.filter_low": 0.9, "rl.filter_high": 0.1}, "rl.filter_low=0.9 is above"),
@@ -119,6 +123,8 @@ def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkey
         "train_rl": launch.check_rl,
         "evaluate": launch.check_evaluate,
         "pipeline": pipeline.check,
+        "merge_verifications": launch.check_stage1,
+        "compile_for_pod": launch.check_common,  # its mesh is one of devices that are not here
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples.jsonl").write_text("")
