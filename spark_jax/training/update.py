@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from spark_jax.parallel.sharding import constrain
+from spark_jax.parallel.sharding import constrain, mesh_in_scope
 from spark_jax.training.state import TrainState
 
 LossFunction = Callable[[Any, Any], tuple[Float[Array, ""], Any]]
@@ -92,6 +92,10 @@ def accumulate_gradients(
     def add(total: tuple[Array, Any], micro_batch: Any) -> tuple[tuple[Array, Any], Any]:
         rows_at_once = _spread_rows(micro_batch, rows // accumulation_steps)
         (loss, per_row), grads = value_and_grad(params, rows_at_once)
+        if mesh_in_scope() is not None:
+            # XLA:TPU would sum over devices after the last micro-batch instead of at each, and ends
+            # with an internal error where that sum is widened before it is added (libtpu 0.0.42).
+            grads = jax.lax.optimization_barrier(grads)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss, grads)), per_row
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
