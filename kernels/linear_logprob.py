@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
-from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
+from spark_jax.parallel.sharding import mesh_in_scope, platform, spec, vocab_shards
 
 _VMEM_FOR_SCORES = 100 * 2**20  # bytes, of the 128 MiB of v5e and v6e
 
@@ -71,10 +71,9 @@ def linear_logprob_and_entropy(
       ValueError: an unknown implementation, a matrix that does not fit hidden's width, or tokens or
         a vocabulary that the mesh in scope does not divide.
     """
-    mesh, vocab = mesh_in_scope(), vocab_matrix.shape[not vocab_major]
     if implementation is None:
-        own = 1 if mesh is None else mesh.shape.get("tensor", 1)
-        implementation = default_implementation(vocab // own, block)
+        vocab = vocab_matrix.shape[not vocab_major] // vocab_shards()
+        implementation = default_implementation(vocab, block)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose from {list(IMPLEMENTATIONS)}")
     if vocab_matrix.shape[1 if vocab_major else 0] != hidden.shape[1]:
@@ -83,7 +82,7 @@ def linear_logprob_and_entropy(
             f"vocab_matrix of shape {vocab_matrix.shape} with hidden of shape {hidden.shape}; "
             f"expected {expected}"
         )
-    compute = IMPLEMENTATIONS[implementation]
+    compute, mesh = IMPLEMENTATIONS[implementation], mesh_in_scope()
     if mesh is None:
         return compute(hidden, vocab_matrix, targets, block, vocab_major)
     return _on_mesh(compute, mesh, hidden, vocab_matrix, targets, block, vocab_major)

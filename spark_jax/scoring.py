@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spark_jax.kernels.linear_logprob import linear_logprob_and_entropy
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel.sharding import batch_shards, vocab_shards
 
 SCORES_BYTES = 64 * 2**20
 """Bytes of scores [tokens, V] held at once where the caller names no number of tokens."""
@@ -47,7 +48,7 @@ def token_logprobs_and_entropy(
 
     Values are finite everywhere but mean something only where a token and its successor lie in the
     same segment; mask them before use. `chunk` tokens at a time have their scores over the
-    vocabulary held; None: `tokens_at_once`.
+    vocabulary held, by each device of a mesh; None: `tokens_at_once`.
     """
     hidden = transformer.forward(params, config, tokens, positions, segment_ids)
     return _next_token(params, config, hidden[:, :-1], tokens[:, 1:], chunk)
@@ -111,12 +112,14 @@ def _next_token(
     chunk: int | None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     tied = params.head is None
+    own_tokens = -(-targets.size // batch_shards())
+    own_vocab = config.vocab_size // vocab_shards()
     matrix = params.embedding if tied else params.head
     logprobs, _, entropy = linear_logprob_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         matrix.astype(config.compute_dtype),
         targets.reshape(-1),
-        block=_block(targets.size, config.vocab_size) if chunk is None else chunk,
+        block=_block(own_tokens, own_vocab) if chunk is None else chunk,
         vocab_major=tied,  # as it lies in memory: turned, it would be copied
     )
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -82,13 +82,24 @@ def platform() -> str:
     """What programs are compiled for: "cpu", "gpu" or "tpu"; that of the mesh in scope, which need
     not be of this machine's devices, or else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if device is None:
+        return jax.default_backend()
+    return {"TPU": "tpu", "cpu": "cpu"}.get(device.device_kind[:3], "gpu")
 
 
 def batch_shards() -> int:
     """Over how many devices of the mesh in scope the rows of a batch are spread; 1 without one."""
+    return _shards("batch")
+
+
+def vocab_shards() -> int:
+    """The same for the vocabulary."""
+    return _shards("vocab")
+
+
+def _shards(name: str) -> int:
     mesh = mesh_in_scope()
-    return 1 if mesh is None else _devices("batch", mesh)
+    return 1 if mesh is None else _devices(name, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

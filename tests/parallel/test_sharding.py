@@ -5,12 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
-def test_on_eight_devices():
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        ("on_eight_devices.py", "not slow"),
+        ("equal_on_eight_devices.py", "not slow"),
+        pytest.param("equal_on_eight_devices.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_on_eight_devices(file, which):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", HERE / "on_eight_devices.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, HERE / file],
         cwd=HERE.parents[1],
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,
