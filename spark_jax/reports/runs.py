@@ -124,7 +124,7 @@ def _section(title: str, runs: Sequence[Run]) -> Section:
     if len(runs) == 1:
         return Section(title, (), tuple(_own_panels(runs[0])))
     panels = [
-        Panel(label, tuple(lines), _note(by_name.values()))
+        Panel(label, tuple(lines), _note(by_name.values(), lines))
         for label, metric in COMPARED.items()
         if (lines := list(_lines(by_name, metric)))
     ]
@@ -144,8 +144,7 @@ def _own_panels(run: Run) -> Iterable[Panel]:
         ]
         lines = [line for name in chosen if (line := _line(name, [run], name))]
         if lines:
-            bounded = any(value is not None for line in lines for value in line.low)
-            yield Panel(title, tuple(lines), "band: 95 % over problems" if bounded else "")
+            yield Panel(title, tuple(lines), _note([[run]], lines))
 
 
 def _lines(by_name: Mapping[str, Sequence[Run]], metric: str) -> Iterable[Line]:
@@ -181,9 +180,13 @@ def _by_step(run: Run, metric: str) -> dict[int, float | None]:
     }
 
 
-def _note(groups: Iterable[Sequence[Run]]) -> str:
+def _note(groups: Iterable[Sequence[Run]], lines: Sequence[Line]) -> str:
+    """What the bands are."""
     seeds = max(len(runs) for runs in groups)
-    return f"mean, 95 % t-interval over {seeds} seeds" if seeds > 1 else ""
+    if seeds > 1:
+        return f"mean, 95 % t-interval over {seeds} seeds"
+    bounded = any(value is not None for line in lines for value in line.low)
+    return "band: 95 % over problems" if bounded else ""
 
 
 _SEED = re.compile(r"(?:^|[/_.-])seed[_-]?\d+")
