@@ -137,7 +137,7 @@ def searched(
                     on_row=on_row,
                 )
             )
-    return sorted(found, key=_rank)
+    return sorted(found, key=rank)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -198,7 +198,8 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _rank(rows: Sequence[Row]) -> tuple[bool, float]:
+def rank(rows: Sequence[Row]) -> tuple[bool, float]:
+    """What a mesh's rows are sorted by."""
     if all(row["fits"] for row in rows):
         times = (pod_plan.seconds(row, row["topology"]).values() for row in rows)
         return False, sum(sum(parts) for parts in times)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spark_jax.decoding.decoder import TOKENS
 from spark_jax.experiments.launch import Config, ConfigError
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.verification.aggregate import AGGREGATIONS
@@ -129,14 +130,8 @@ def _decoding(
 
 
 def decoder_step(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What one token for every slot costs, of a decoder's row: the trip of the loop on its largest
-    ring. That loop is the one inside a branch of the outermost."""
-    steps = [
-        cost
-        for name, cost in row["loops"].items()
-        if name.count(" > ") == 1 and "branch_" in name.rpartition(" > ")[2]
-    ]
-    return max(steps, key=lambda cost: cost["cycles"])
+    """What one token for every slot costs, of a decoder's row: a trip of its loop over tokens."""
+    return next(cost for name, cost in row["loops"].items() if name.endswith(f"{TOKENS}/while"))
 
 
 def _compiled(by_name: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:

@@ -6,9 +6,7 @@ the environment before jax is imported, and because a compiler that dies must no
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import re
 import sys
 import time
@@ -24,6 +22,7 @@ from spark_jax.experiments import pod_programs
 from spark_jax.experiments.pod_programs import Program
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels import hlo
+from spark_jax.kernels.ahead_of_time import libtpu_version
 from spark_jax.parallel.mesh import make_mesh
 
 
@@ -76,7 +75,7 @@ def compile_program(program: Program, mesh: Mesh, topology: str, hlo_folder: str
         "mesh": dict(mesh.shape),
         "hbm": int(CHIPS[generation(topology)].hbm * 2**30),
         "beside": program.beside,
-        "versions": versions(),
+        "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
     }
     start = time.perf_counter()
     try:
@@ -92,14 +91,6 @@ def compile_program(program: Program, mesh: Mesh, topology: str, hlo_folder: str
         Path(hlo_folder).mkdir(parents=True, exist_ok=True)
         (Path(hlo_folder) / re.sub(r"[/:]", "_", name)).write_text(text)
     return row | _memory(compiled.memory_analysis(), row) | _work(text)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the figures."""
-    library = Path(os.environ.get("TPU_LIBRARY_PATH", "")).parent.parent
-    found = importlib.metadata.distributions(name="libtpu", path=[str(library), *sys.path])
-    libtpu = next((item.version for item in found), "unknown")
-    return {"jax": jax.__version__, "libtpu": libtpu}
 
 
 def _memory(stats: Any, row: dict[str, Any]) -> dict[str, Any]:

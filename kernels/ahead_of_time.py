@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -179,6 +180,13 @@ def libtpu_path() -> Path:
         "libtpu is not installed. It holds XLA's compiler for TPUs, needs no TPU, and takes "
         "700 MB: make pods, or pip install 'spark-jax[tpu]'"
     )
+
+
+def libtpu_version() -> str:
+    """Of the package that `libtpu_path` lies in; "unknown" where it lies in none."""
+    folder = str(libtpu_path().parent.parent)
+    found = importlib.metadata.distributions(name="libtpu", path=[folder])
+    return next((package.version for package in found), "unknown")
 
 
 def has_libtpu() -> bool:

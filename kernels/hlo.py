@@ -66,10 +66,18 @@ def instructions(text: str) -> list[Instruction]:
 
 def collectives(found: list[Instruction]) -> list[Collective]:
     """The operations between chips among the instructions of a program."""
+    own = [i for i in found if _is_collective(i.kind)]
+    chains: dict[str, Instruction] = {}
+    for i in own:
+        # XLA:TPU spreads an asynchronous one over fusions, each of which names all of it.
+        if i.inside and (chain := re.search(r'chain_id="\d+"', i.line)):
+            known = chains.setdefault(chain[0], i)
+            chains[chain[0]] = min(known, i, key=lambda one: one.trips)
+    apart = {id(i) for i in chains.values()}
     return [
         Collective(_collective_kind(i), i.name, i.op_name, i.trips, _moved_bytes(i), i.loops)
-        for i in found
-        if _is_collective(i.kind)
+        for i in own
+        if id(i) in apart or not (i.inside and 'chain_id="' in i.line)
     ]
 
 

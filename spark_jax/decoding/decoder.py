@@ -35,6 +35,9 @@ from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel.sharding import batch_shards, constrain
 
+TOKENS = "tokens"
+"""The name, in compiled programs, of the loop that decodes one token for every slot a trip."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -304,7 +307,8 @@ def _decode_until(
                 return step(state, ring, column), (column + 1) % ring
 
             carry = ((window, lanes, outputs), jnp.int32(0))
-            (window, lanes, outputs), column = jax.lax.while_loop(go_on, body, carry)
+            with jax.named_scope(TOKENS):
+                (window, lanes, outputs), column = jax.lax.while_loop(go_on, body, carry)
 
             return cache.with_latest(window, column), lanes, outputs
 

@@ -99,6 +99,29 @@ def test_collectives_by_kind_trips_and_bytes():
     assert found["gathered"].op_name == "jit(f)/while/body/gather"
 
 
+def test_an_asynchronous_collective_in_several_fusions_counts_once():
+    part = """\
+
+%part_1 (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %whole.1 = bf16[32,128]{1,0} all-gather(%x), frontend_attributes={chain_id="7"}
+}
+"""
+    text = (
+        part
+        + part.replace("1", "2", 1).replace("whole.1", "whole.2")
+        + """
+ENTRY %main (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %a = bf16[32,128]{1,0} fusion(%x), kind=kCustom, calls=%part_1
+  %b = bf16[32,128]{1,0} fusion(%x), kind=kCustom, calls=%part_2
+  %c = bf16[32,128]{1,0} all-gather(%x), frontend_attributes={chain_id="7"}
+}
+"""
+    )
+    assert [c.name for c in hlo.collectives(hlo.instructions(text))] == ["whole.1", "c"]
+
+
 def test_a_kernel_that_says_nothing_is_counted():
     silent = HLO.replace('"cost_estimate":{"flops":"1000"}', "")
     assert hlo.kernel_flops(hlo.instructions(silent)) == (0, 1)

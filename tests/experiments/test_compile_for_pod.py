@@ -1,0 +1,271 @@
+"""Programs compiled for TPU slices that are not there, and what is read from them."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import pytest
+from rich.console import Console
+
+from spark_jax.experiments import (
+    compile_for_pod,
+    launch,
+    pod_plan,
+    pod_programs,
+    pod_worker,
+    train_rl,
+)
+from spark_jax.experiments.pod_programs import Program
+from spark_jax.kernels import ahead_of_time
+from spark_jax.parallel.mesh import make_mesh
+
+needs_libtpu = pytest.mark.skipif(
+    not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods"
+)
+SMALL = {
+    "model_type": "qwen2",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32768,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+PARAMETERS = 2 * 32768 * 256 + 2 * (256 * (256 + 128 + 128) + 256 * 256 + 3 * 256 * 512)  # matrices
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run with a model of which nothing is there but its shape."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    changes = {
+        "model": str(folder),
+        "dtype": "bfloat16",
+        "decode.max_prompt_length": 64,
+        "decode.max_new_tokens": 64,
+        "decode.slots": 16,
+        "rl.objective.kl_coefficient": 0.1,
+        "rl.accumulation_steps": 4,
+        "generate.num_problems": 1000,
+    }
+    return launch.changed(launch.load_config("configs/demo.py"), changes)
+
+
+@pytest.fixture
+def one_device():
+    return make_mesh({}, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def compiled(small):
+    programs = ("rl/policy_step", "generate/prefill", "generate/decode")
+    rows = compile_for_pod.compile_programs(
+        small, "v5e:2x2", {"fsdp": 2, "tensor": 2}, programs=programs
+    )
+    assert [row.get("error") for row in rows] == [None] * 3
+    return {row["program"]: row for row in rows}
+
+
+@needs_libtpu
+def test_a_small_run_fits_a_small_slice(compiled):
+    step = compiled["rl/policy_step"]
+    assert all(row["fits"] and row["over"] < 0 for row in compiled.values())
+    assert step["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    # Parameters and two moments in float32, a quarter on each device; norms and biases are whole.
+    state = 12 * PARAMETERS / 4
+    assert state < step["arguments"] < 1.1 * state
+    assert step["output"] < 2**20  # the new state takes the place of the old one
+    beside = step["beside"]
+    assert beside["policy to sample from"] == pytest.approx(2 * PARAMETERS / 4, rel=0.05)
+    assert beside["reference policy"] == pytest.approx(4 * PARAMETERS / 4, rel=0.05)
+    assert beside["reward model"] == beside["policy to sample from"]
+    sizes = ("arguments", "temporaries", "output", "code")
+    assert step["total"] == sum(step[name] for name in sizes) + sum(beside.values())
+
+
+@needs_libtpu
+def test_no_scores_of_all_tokens_on_any_device(compiled, small):
+    rl = small.rl
+    rows = rl.prompts_per_step * rl.group_size / rl.accumulation_steps / 2
+    scores = rows * small.decode.max_new_tokens * SMALL["vocab_size"] / 2
+    for name in compiled["rl/policy_step"]["largest_arrays"]:
+        axes = name.partition("[")[2].rstrip("]").split(",")
+        assert math.prod(map(int, axes)) < scores, name
+
+
+@needs_libtpu
+def test_what_a_program_does_is_counted(compiled):
+    step, decode = compiled["rl/policy_step"], compiled["generate/decode"]
+    assert step["cycles"] > 10_000
+    moved = {kind: one["bytes"] for kind, one in step["collectives"].items()}
+    # Each micro-batch gathers the layers' weights, over fsdp, forward and backward.
+    assert sum(moved.values()) > 4 * 2 * (PARAMETERS - 2 * 32768 * 256) / 2 * 2
+    token = pod_plan.decoder_step(decode)
+    assert 0 < token["cycles"] < decode["cycles"]
+    assert step["versions"] == {"jax": jax.__version__, "libtpu": ahead_of_time.libtpu_version()}
+
+
+@needs_libtpu
+def test_a_plan_of_stage_one(compiled, small):
+    """Twice the problems take twice the time; what is assumed is printed."""
+    rows = [
+        row | {"program": f"{stage}/{row['program'].partition('/')[2]}"}
+        for stage in ("generate", "verify")
+        for row in compiled.values()
+    ]
+    plan = pod_plan.stage_one(small, rows, {"occupancy": 0.5})
+    assert plan["generate"]["tokens"] == 1000 * 8 * 32  # half of 64 tokens, as nothing else is said
+    assert plan["verify"]["tokens"] == plan["generate"]["tokens"] * 16
+    assert plan["together"]["chip_hours"] == pytest.approx(4 * plan["together"]["hours"])
+    twice = launch.changed(small, {"generate.num_problems": 2000})
+    longer = pod_plan.stage_one(twice, rows, {"occupancy": 0.5})
+    assert longer["together"]["hours"] == pytest.approx(2 * plan["together"]["hours"])
+    printed = io.StringIO()
+    pod_plan.print_plan(plan, Console(file=printed, width=120))
+    assert "--occupancy=0.5" in printed.getvalue()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh", "programs", "message"),
+    [
+        ("v5e:2x2", {"fsdp": 3}, [], r"'fsdp': 3.* there are 4"),
+        ("v5e:2x2", {"tensor": 4}, ["rl/fly"], r"\['rl/fly'\] are none of"),
+        ("v9:2x2", {"fsdp": 4}, [], r"'v9:2x2'.*'v5p'"),
+        ("v5e:2x99", {"fsdp": -1}, [], "v5e:2x99"),
+    ],
+)
+def test_what_cannot_be_is_refused(small, topology, mesh, programs, message):
+    with pytest.raises(ValueError, match=message):
+        compile_for_pod.compile_programs(small, topology, mesh, programs=programs)
+
+
+def test_a_plan_needs_its_programs(small):
+    with pytest.raises(launch.ConfigError, match="generate/prefill, which was not compiled"):
+        pod_plan.stage_one(small, [], {})
+
+
+def test_open_sizes_are_refused(small, one_device):
+    with pytest.raises(launch.ConfigError, match=r"decode\.max_prompt_length is None"):
+        pod_programs.programs(launch.load_config("configs/demo.py"), one_device)
+
+
+def test_by_how_much_a_program_does_not_fit(one_device):
+    """From the compiler's own words, and what else would lie on the device."""
+
+    def fails(message):
+        def lower():
+            raise RuntimeError(message)
+
+        program = Program("x", "m", lower, {"reference policy": 2**30}, rows=1, positions=1)
+        return pod_worker.compile_program(program, one_device, "v5e:2x2", "")
+
+    row = fails("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+                "temporaries (22.75G) exceeds available HBM (15.75G).")  # fmt: skip
+    assert (row["fits"], row["total"], row["over"]) == (False, 23.75 * 2**30, 8 * 2**30)
+    row = fails("Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded")
+    assert row["over"] == 1.75 * 2**30
+    row = fails("heads do not divide")
+    assert not row["fits"]
+    assert "over" not in row
+    assert "heads do not divide" in row["error"]
+
+
+def test_meshes_of_a_topology():
+    found = list(compile_for_pod.meshes(8))
+    assert len(found) == 10  # triples of powers of 2 that multiply to 2^3
+    assert all(math.prod(mesh.values()) == 8 for mesh in found)
+    assert len({tuple(mesh.values()) for mesh in found}) == 10
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "devices"),
+    [("v5p:4x4x4", 1, 64), ("v6e:16x16", 2, 512), ("v4:2x2x1", 1, 8)],
+)
+def test_devices_of_a_topology(topology, slices, devices):
+    assert compile_for_pod.device_count(topology, slices) == devices
+
+
+def test_meshes_are_ranked_by_fit_then_by_time():
+    def rows(fits, cycles=0, over=0):
+        cost = {"cycles": cycles, "kernel_flops": 0, "collectives": {}}
+        return [{"fits": fits, "over": over, "topology": "v5e:2x2"} | cost]
+
+    slow, fast, small_miss, large_miss = (
+        rows(True, 1000), rows(True, 10), rows(False, over=5), rows(False, over=50)
+    )  # fmt: skip
+    ranked = sorted([large_miss, slow, small_miss, fast], key=compile_for_pod.rank)
+    assert ranked == [fast, slow, small_miss, large_miss]
+
+
+def test_a_run_calls_the_policy_step_with_these_shapes(
+    small, one_device, tiny, tmp_path, monkeypatch
+):
+    """What is compiled ahead of time is what a run compiles: shapes and types of every array."""
+    config = launch.changed(
+        tiny,
+        {
+            "decode.max_prompt_length": 64,
+            "rl.reward": "rule_based",
+            "rl.steps": 1,
+            "rl.objective.kl_coefficient": 0.1,
+        },
+    )
+    called, real = [], train_rl.compiled_step
+
+    def spied(*settings):
+        step = real(*settings)
+
+        def call(train, batch):
+            called.append(((train, batch), settings))
+            return step(train, batch)
+
+        return call
+
+    shape = lambda x: (x.shape, x.dtype)  # noqa: E731
+    (program,) = (
+        p for p in pod_programs.programs(config, one_device) if p.name == "rl/policy_step"
+    )
+    lowered = program.lower()
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.args_info[0])
+    monkeypatch.setattr(train_rl, "compiled_step", spied)
+    train_rl.run(config, tmp_path)
+    (arguments, _) = called[0]
+    assert jax.tree.map(shape, arguments) == expected
+
+
+def test_the_command_line_prints_a_table_and_writes_json(small, tmp_path, monkeypatch, capsys):
+    rows = [
+        {
+            "program": "generate/prefill",
+            "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
+            "topology": "v5e:2x2",
+            "hbm": 2**34,
+            "beside": {"reward model": 2**30},
+            "fits": False,
+            "total": 2**34 + 2**31,
+            "over": 2**31,
+            "error": "RESOURCE_EXHAUSTED",
+            "seconds_to_compile": 3.0,
+        }
+    ]
+    monkeypatch.setattr(compile_for_pod, "compile_programs", lambda *_, **__: rows)
+    options = SimpleNamespace(
+        programs=[], num_slices=1, search=False, plan=False, hlo="", topology="v5e:2x2",
+        mesh="fsdp=2,tensor=2", output=str(tmp_path / "rows.json"),
+    )  # fmt: skip
+    compile_for_pod.run(launch.load_config("configs/demo.py"), options)
+    assert "no: 2.00 over" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"programs": rows}
+
+
+def test_a_mesh_on_the_command_line():
+    assert compile_for_pod.parse_mesh("fsdp=16, tensor=4") == {"fsdp": 16, "tensor": 4}
+    assert compile_for_pod.parse_mesh("") == {}
+    with pytest.raises(ValueError, match="--mesh='16x4'; write it as fsdp=16,tensor=4"):
+        compile_for_pod.parse_mesh("16x4")
