@@ -65,6 +65,7 @@ def main(run: Callable[[Config, Path], Any], *checks: Callable[[Config], None]) 
     flag = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 
     def start(_: Sequence[str]) -> None:
+        absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
         _refuse("several processes", processes.start)
         _refuse("preemption", preemption.listen)
         quiet_unless_main()
@@ -92,7 +93,6 @@ def main(run: Callable[[Config, Path], Any], *checks: Callable[[Config], None]) 
 
 def quiet_unless_main() -> None:
     """Warnings and logs are written by process 0, errors by all."""
-    absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
     if not processes.is_main():
         absl.logging.set_verbosity(absl.logging.ERROR)
         logging.getLogger().setLevel(logging.ERROR)

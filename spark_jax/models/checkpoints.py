@@ -423,12 +423,12 @@ def _gathered(array: Array) -> Array:
     if array.is_fully_addressable:
         return array
     lies: Any = array.sharding  # over several processes: a NamedSharding
-    return _whole(array, sharding.replicated(lies.mesh))
+    return _gather(sharding.replicated(lies.mesh))(array)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _whole(array: Float[Array, "..."], where: NamedSharding) -> Float[Array, "..."]:
-    return jax.lax.with_sharding_constraint(array, where)
+@functools.lru_cache(maxsize=4)
+def _gather(where: NamedSharding) -> Any:
+    return jax.jit(lambda array: array, out_shardings=where)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +25,6 @@ HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process c
 SHUTDOWN_TIMEOUT = 15  # seconds that a process which ends waits for the others; see `finish`
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 
 def start() -> None:
@@ -58,7 +55,6 @@ def start() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
     )
-    logger.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:

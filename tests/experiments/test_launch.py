@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_jax.experiments import launch, pipeline
+from spark_jax.experiments import launch, pipeline, study
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkey
         "evaluate": launch.check_evaluate,
         "pipeline": pipeline.check,
         "merge_verifications": launch.check_stage1,
+        "study": study.check,
         "compile_for_pod": launch.check_common,  # its mesh is one of devices that are not here
     }
     monkeypatch.chdir(tmp_path)

