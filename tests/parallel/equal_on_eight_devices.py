@@ -170,20 +170,22 @@ def trained(work, name, config):
         return train(STEPS[work], config, batch_for(work), mesh)
 
 
-def slowly(work, name, config):
-    """Only the policy step, which has all of the other, in fast tests."""
-    marks = [] if (work, name, config) == ("policy", "2x2x2", UNTIED) else [pytest.mark.slow]
-    label = {UNTIED: "untied", TIED: "tied", MULTI_QUERY: "multi_query"}[config]
-    return pytest.param(work, name, config, id=f"{work}-{name}-{label}", marks=marks)
-
-
 @pytest.mark.parametrize(
     ("work", "name", "config"),
     [
-        slowly(work, name, config)
-        for work in STEPS
-        for name in GRID
-        for config in (UNTIED, TIED, MULTI_QUERY)
+        # Only the policy step, which has all of the other, in fast tests.
+        pytest.param("policy", "2x2x2", UNTIED, id="policy-2x2x2-untied"),
+        *(
+            pytest.param(work, name, config, id=f"{work}-{name}-{label}", marks=pytest.mark.slow)
+            for work in STEPS
+            for name, config, label in (
+                ("8x1x1", UNTIED, "untied"),
+                ("1x4x2", TIED, "tied"),
+                ("1x1x8", UNTIED, "untied"),
+                ("1x1x8", MULTI_QUERY, "multi_query"),
+            )
+        ),
+        pytest.param("sft", "2x2x2", TIED, id="sft-2x2x2-tied", marks=pytest.mark.slow),
     ],
 )
 def test_three_updates(work, name, config):
@@ -247,6 +249,7 @@ decode_by_one = functools.cache(decode)
         for kind in REQUESTS
         for name in GRID
         for config in (UNTIED, MULTI_QUERY)
+        if config is UNTIED or kind == "in_turn"
     ],
 )
 def test_decoding_draws_the_same_tokens(kind, name, config):
