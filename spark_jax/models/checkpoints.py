@@ -382,13 +382,16 @@ def _write_weights(path: Path, params: Params, config: ModelConfig, max_shard_by
         tensors = {}
         for name in names:
             field, layer, leaf = places[name]
-            array = arrays[field] if layer is None else _layer(arrays[field], layer)
-            tensors[name] = leaf.to_hf(np.asarray(array))
+            array = _gathered(arrays[field] if layer is None else _layer(arrays[field], layer))
+            if processes.is_main():
+                tensors[name] = leaf.to_hf(np.asarray(array))
+        if not processes.is_main():
+            continue
         (path / file).touch()
         mode = (path / file).stat().st_mode  # safetensors puts a file in its place for us alone
         save_file(tensors, path / file, metadata={"format": "pt"})
         (path / file).chmod(mode)
-    if len(shards) > 1:
+    if len(shards) > 1 and processes.is_main():
         weight_map = {
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
