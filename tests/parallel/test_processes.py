@@ -64,11 +64,12 @@ def test_several_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    common = {COORDINATOR: address, NUM_PROCESSES: "2", "PYTHONPATH": str(HERE.parent)}
     started = [
         subprocess.Popen(
             [sys.executable, HERE / "together.py", tmp_path],
             cwd=HERE.parents[1],
-            env=os.environ | {COORDINATOR: address, NUM_PROCESSES: "2", PROCESS_ID: str(index)},
+            env=os.environ | common | {PROCESS_ID: str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

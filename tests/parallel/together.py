@@ -1,5 +1,6 @@
 """One of two processes of test_processes.py: they exchange values and write checkpoints."""
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_model
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spark_jax.models import checkpoints, transformer
 from spark_jax.parallel import processes
 from spark_jax.parallel.mesh import make_mesh
+from spark_jax.parallel.sharding import named_shardings
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.run_folder import OtherRun, RunFolder
@@ -69,7 +73,7 @@ def state_on(mesh, spec, scale=1):
     return {"array": array, "count": count}, full
 
 
-def checkpoints(me, path):
+def shared_checkpoints(me, path):
     one, other = make_mesh({"fsdp": 2}), make_mesh({"data": 2})
     with Checkpoints(path, keep=None) as saved:
         for step in (1, 2, 3):
@@ -133,6 +137,27 @@ def files(me, path):
     assert '"me": 0.0' in rows[0]
 
 
+def exported(me, path):
+    """A model that is spread over both processes is written whole, by the first."""
+    mesh = make_mesh({"tensor": 2})
+    config = dataclasses.replace(tiny_model.CONFIG, vocab_size=12)
+    params = tiny_model.params(config)
+    places = named_shardings(transformer.logical_axes(config), params, mesh)
+    arrays = jax.tree.map(np.asarray, params)
+    spread = jax.tree.map(
+        lambda x, to: jax.make_array_from_callback(x.shape, to, lambda index: x[index]),
+        arrays,
+        places,
+    )
+    assert not spread.embedding.is_fully_addressable
+    checkpoints.save_hf(path, spread, config, max_shard_bytes=2000)
+    processes.exchange(None)
+    back, _ = checkpoints.load(path)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    for got, expected in zip(jax.tree.leaves(back), jax.tree.leaves(arrays), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def main():
     path = Path(sys.argv[1])
     processes.start()
@@ -144,8 +169,9 @@ def main():
         led(me)
         errors_are_everyones(me)
         files(me, path / "run")
-    checkpoints(me, path / "checkpoints")
+    shared_checkpoints(me, path / "checkpoints")
     unreadable_for_one(me, path / "others")
+    exported(me, path / "model")
     processes.finish()
     print("all is well")
 
