@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -50,7 +51,7 @@ class RunFolder:
         resumed = processes.on_main(lambda: _make_or_check(path, resolved))
         return cls(path=path, config=resolved, resumed=resumed)
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint notes of the run that wrote it: a digest of its configuration, and the
         versions."""

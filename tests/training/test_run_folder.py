@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from spark_jax.training.run_folder import RunFolder, versions
+from spark_jax.training.run_folder import OtherRun, RunFolder, differences, versions
 
 
 def config(**changes):
@@ -85,6 +85,23 @@ def test_results_of_unknown_origin_are_not_adopted(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl but no config\.json"):
         RunFolder.open(tmp_path, config())
+
+
+def test_differences_are_named_field_by_field():
+    one = {"a": [1, 2], "b": {"c": 1, "d": 2}}
+    assert differences(one, {"a": (1, 2), "b": {"c": 1, "d": 3}, "e": None}) == [
+        "b.d: 2 in the folder, 3 now",
+        "e: absent in the folder, null now",
+    ]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    run, other = (RunFolder.open(tmp_path / str(i), config(seed=i)) for i in range(2))
+    run.check_identity(run.identity | {"rollouts": 3})
+    run.check_identity({"rollouts": 3})  # written before checkpoints noted it
+    with pytest.raises(OtherRun, match="was written by a run of another configuration"):
+        other.check_identity(run.identity)
+    assert run.identity["versions"] == versions()
 
 
 def test_changed_versions_are_reported_and_recorded(tmp_path):
