@@ -61,6 +61,9 @@ class Checkpoints:
                 create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                # Made asynchronously, folders are waited for under a number that all managers of a
+                # process share, and of two that save at once one waits in vain.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 multiprocessing_options=together,
             ),
             item_handlers=_handlers(together),

@@ -1,5 +1,6 @@
 import functools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -112,6 +113,20 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
         with Checkpoints(tmp_path, keep=None) as checkpoints:
             assert_same_bits(checkpoints.restore_latest(wanted[i])[0], wanted[i])
         shutil.rmtree(tmp_path / str(i))
+
+
+def test_several_runs_of_a_process_save_at_once(tmp_path):
+    """As the threads of a pipeline do."""
+    state, _ = fresh_run()
+
+    def run(name):
+        with Checkpoints(tmp_path / name, keep=2) as checkpoints:
+            for step in range(12):
+                checkpoints.save(step, state.replace(step=state.step + step))
+            return int(checkpoints.restore_latest(state)[0].step)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(run, "abc")) == [11, 11, 11]
 
 
 def test_a_write_that_fails_is_raised_and_the_one_before_stands(tmp_path, monkeypatch):
