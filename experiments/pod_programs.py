@@ -252,7 +252,8 @@ def _score(
     parts = (batch.prompt_tokens, batch.prompt_mask, batch.tokens, batch.mask)
 
     def lower() -> Any:
-        return train_rl.compiled_score(model).lower(params, *_rows(parts, mesh))
+        score = train_rl.compiled_score(model, train_rl.score_parts(config))
+        return score.lower(params, *_rows(parts, mesh))
 
     return Program("rl/score", config.model, lower, beside, *_size(batch))
 

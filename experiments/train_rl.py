@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.preemption import Preempted, Watch
 from spark_jax.training.run_folder import RunFolder
+from spark_jax.training.update import in_micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -507,14 +509,25 @@ def _compiled_step(model_config: Any, settings: str, _: Mesh | None) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_score(model_config: Any) -> Any:
-    """Log-probs of responses under a fixed policy, compiled; whole on every device."""
+def compiled_score(model_config: Any, parts: int) -> Any:
+    """Log-probs of responses under a fixed policy, compiled; a part of the rows at a time, and
+    whole on every device."""
 
     def score(params: Any, *arrays: Any) -> Any:
-        scored = response_logprobs_and_entropy(params, model_config, *arrays)
-        return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), scored)
+        def logprobs(rows: Any) -> Any:
+            return response_logprobs_and_entropy(params, model_config, *rows)[0]
+
+        return sharding.constrain(in_micro_batches(logprobs, arrays, parts), (None, None))
 
     return jax.jit(score)
+
+
+def score_parts(config: Config) -> int:
+    """In how many parts the rows of a rollout are scored: as many rows at a time as an update has,
+    where the mesh in scope divides these."""
+    rl = config.rl
+    rows = rl.prompts_per_step * rl.group_size
+    return math.gcd(rl.minibatches * rl.accumulation_steps, rows // sharding.batch_shards())
 
 
 @functools.lru_cache(maxsize=16)
@@ -602,7 +615,7 @@ def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params:
     prompts = (rollout.prompt_tokens, rollout.prompt_mask)
     tokens, mask = (jnp.repeat(x, config.rl.group_size, axis=0) for x in prompts)
     arrays = (tokens, mask, rollout.tokens, rollout.mask)
-    return compiled_score(model_config)(params, *spread.rows(arrays))[0]
+    return compiled_score(model_config, score_parts(config))(params, *spread.rows(arrays))
 
 
 def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:

@@ -105,6 +105,23 @@ def accumulate_gradients(
     return loss, grads, jax.tree.map(_join_rows, per_row)
 
 
+def in_micro_batches(function: Callable[[Any], Any], batch: Any, steps: int) -> Any:
+    """`function(rows)`, arrays with the rows on their first axis, for all B rows of a batch,
+    `B / steps` at a time; with a mesh in scope these are spread over it.
+
+    Raises:
+      ValueError: rows that `steps` or the mesh do not divide, with the numbers.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if steps < 1 or rows % steps:
+        raise ValueError(f"steps={steps} does not divide the batch of {rows} rows")
+    if steps == 1:
+        return function(_spread_rows(batch, rows))
+    micro_batches = jax.tree.map(lambda x: _split_rows(x, steps), batch)
+    scored = jax.lax.map(lambda x: function(_spread_rows(x, rows // steps)), micro_batches)
+    return jax.tree.map(_join_rows, scored)
+
+
 def _global_norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from spark_jax.training import state as train_state
-from spark_jax.training.update import accumulate_gradients, apply_update
+from spark_jax.training.update import accumulate_gradients, apply_update, in_micro_batches
 
 
 def loss_function(params, inputs):
@@ -32,6 +32,21 @@ def test_gradient_is_the_closed_form_and_rows_keep_their_order(steps):
     np.testing.assert_allclose(grads["w"], 2 * x64.T @ (w64 * (x64 @ p64)), rtol=1e-5)
     np.testing.assert_allclose(error, x64 @ p64, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen, weights)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12])
+def test_micro_batches_give_what_the_batch_gives_in_its_order(steps):
+    params, (x, weights) = problem()
+
+    def function(rows):
+        x, weights = rows
+        return {"error": x @ params["w"], "weights": 2 * weights}
+
+    got = in_micro_batches(function, (x, weights), steps)
+    np.testing.assert_allclose(got["error"], x @ params["w"], rtol=1e-6)
+    np.testing.assert_array_equal(got["weights"], 2 * weights)
+    with pytest.raises(ValueError, match="steps=5 does not divide the batch of 12 rows"):
+        in_micro_batches(function, (x, weights), 5)
 
 
 def test_bfloat16_parameters_accumulate_in_float32_and_keep_their_dtype():
