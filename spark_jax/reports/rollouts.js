@@ -77,7 +77,9 @@ function showRollouts(root, sources, load) {
   async function open(index) {
     const source = sources[index];
     root.dataset.loading = "true";
-    state.data = await load(`rollout-${index}`);
+    const data = await load(`rollout-${index}`);
+    if (Number(select.source.value) !== index) return; // another one was asked for meanwhile
+    state.data = data;
     state.source = source;
     const advantages = source.values.filter((name) => !MEASURES.includes(name));
     const names = [...advantages, ...source.values.filter((name) => MEASURES.includes(name))];

@@ -47,7 +47,7 @@ def tab(browser, file):
     """The second rollouts of the page, as they come."""
     with browser(file, tab="rollouts") as opened:
         choose(opened, "Rollouts", "1")
-        opened.wait_for_function("document.querySelectorAll('.problems li').length === 4")
+        opened.wait_for_selector(".problems li:nth-child(4)")
         yield opened
 
 
