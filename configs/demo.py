@@ -162,7 +162,7 @@ def get_config() -> ConfigDict:
             ),
             reward_model="",  # folder of a reward model's checkpoint
             reference_model="",  # π_ref of process rewards and KL; "" is the initial policy
-            # Ours: after each rollout's updates π_ref moves to this · itself + the rest · the policy.
+            # Ours: after each update π_ref moves to this · itself + the rest · the policy.
             reference_decay=placeholder(float),
             format_checks=("one_boxed", "one_answer_block", "nothing_after_answer"),
             steps=20,
@@ -189,6 +189,20 @@ def get_config() -> ConfigDict:
             ),
             optimizer=optimizer(name="adam", learning_rate=5e-4),
             evaluate_every=5,
+            # Rollouts kept token by token for the page: of the first and the last step, and of
+            # every so many, None: those that evaluate. The first `problems` of a step; 0: none.
+            record=dict(every=placeholder(int), problems=32),
+            # When to give the alarm (`rewards.monitor`): rises over the start of the run, as means
+            # of `window` steps. 1e9 is never reached.
+            monitor=dict(
+                window=3,
+                step_inflation=0.3,  # relative growth of steps per response, less accuracy's rise
+                step_reduction=0.2,  # share of responses with fewer than 3 steps
+                solution_appending=0.1,  # share of responses that go on after the answer
+                verdict_gaming=0.1,  # rate of Yes above the reward model's own soft score
+                reward_above_truth=0.15,  # mean reward above the accuracy of the rollouts
+                reward_above_held_out=0.15,  # and above that on held-out problems
+            ),
             save_every=5,
             keep_checkpoints=3,
             keep_every=placeholder(int),  # besides, those of every so many steps; None: no others

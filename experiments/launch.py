@@ -41,6 +41,7 @@ from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import mesh as meshes
 from spark_jax.parallel import processes
 from spark_jax.prm.evaluate import JUDGE_KINDS
+from spark_jax.rewards import monitor
 from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE, REWARDS_THAT_NEED_REFERENCES
 from spark_jax.text_generation import DecodeOptions, TextModel
@@ -238,6 +239,10 @@ def check_rl(config: Config) -> None:
     _at_least(1, config, "rl.evaluate_every")
     _keeping(config, "rl")
     _at_least(2, config, "rl.group_size")  # a group of one has no advantage
+    _at_least(0, config, "rl.record.problems")
+    if rl.record.every is not None:
+        _at_least(1, config, "rl.record.every")
+    _refuse("rl.monitor", lambda: monitor.Thresholds(**rl.monitor))
     if rl.temperature != 1:
         raise ConfigError(
             f"rl.temperature={rl.temperature}; it must be 1: the policy gradient is that of the "

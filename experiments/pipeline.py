@@ -30,6 +30,7 @@ from spark_jax.experiments import (
     evaluate,
     generate_verifications,
     launch,
+    report,
     sft,
     train_prm,
     train_rl,
@@ -104,6 +105,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     made = plots.draw(results, folder.plots)
     tables.show(results, console)
     console.print(f"summary: {path / 'summary.json'}")
+    console.print(f"page:    {report.write(path)}")
     for plot in made:
         console.print(f"plot:    {plot}")
     return results

@@ -35,14 +35,14 @@ from spark_jax.advantages import (
 )
 from spark_jax.data import tasks
 from spark_jax.data.batches import batch_order
-from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.evaluation.grading import in_threads
-from spark_jax.experiments import evaluate, launch
+from spark_jax.experiments import evaluate, launch, recording
 from spark_jax.experiments.launch import Config, OnProgress
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes, sharding
 from spark_jax.reports import plots
+from spark_jax.rewards import monitor
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
     REWARDS,
@@ -72,7 +72,7 @@ from spark_jax.text_generation import (
 )
 from spark_jax.training import optimizer, spread, state
 from spark_jax.training.checkpointing import Checkpoints
-from spark_jax.training.metrics import MetricsWriter
+from spark_jax.training.metrics import MetricsWriter, read_metrics
 from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.preemption import Preempted, Watch
@@ -100,6 +100,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     problems = task.problems(config.rl.num_problems, config.seed, "train")
     problems, too_long = without_too_long(config, task, loaded, problems)
     order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
+    thresholds = monitor.Thresholds(**config.rl.monitor)
 
     update = compiled_step(model_config, json.dumps(update_settings(config)))
     if reference is initial:  # the updates take over the memory of what they start from
@@ -119,11 +120,13 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             folder.check_identity(extra)
         first = 1 + (extra["rollouts"] if restored is not None else 0)
         metrics.truncate_after(first - 1 if restored is not None else -1)
+        history = read_metrics(metrics.path) if processes.is_main() else []
         policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
         if restored is None or first > config.rl.steps:  # else the last step evaluates
             scores = evaluate.policy_scores(config, task, policy)
         if restored is None:
             metrics.scalars(0, evaluation_metrics(scores))
+            history.append({"step": 0, **evaluation_metrics(scores)})
 
         for step in range(first, config.rl.steps + 1):
             at = position(config, folder, step - 1)
@@ -146,6 +149,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 inputs = dataclasses.replace(inputs, step_truth=known)
             unmoved = int(train.step) == 0 and not config.rl.reference_model
             batch, values = make_batch(config, rollout, inputs, unmoved)
+            if kept := recording.is_recorded(config, step):
+                shown = as_sampled(config, model_config, train.params, rollout, inputs, unmoved)
             updates = []
             watch.release()
             for part in minibatches(config, batch):
@@ -156,13 +161,24 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             if config.rl.reference_decay is not None:
                 reference = moved(reference, train.params, config.rl.reference_decay)
             # Graded while the devices still work on the updates, for which nothing has waited yet.
-            truth = truth_metrics(task, batch_problems, samples, judged)
+            correct = truths(task, batch_problems, samples)
 
-            values |= update_metrics(updates) | judged.metrics | truth
+            values |= update_metrics(updates) | judged.metrics | truth_metrics(correct, judged)
+            if kept:
+                values |= recording.record(
+                    path, config, step, task, tokenizer, batch_problems, samples, judged, rewards,
+                    shown, correct, reward_model=reward_model, asked=judged_task.text_format,
+                    usual_steps=monitor.usual_steps([*history, values], thresholds),
+                )  # fmt: skip
             if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
                 scores = evaluate.policy_scores(config, task, policy)
                 values |= evaluation_metrics(scores)
+            values = jax.device_get(values)
+            values |= monitor.metrics([*history, values], thresholds)
             metrics.scalars(step, values)
+            history.append({"step": step, **values})
+            for alarm in monitor.raised(history, thresholds):
+                logger.warning("%s: %s", path, alarm)
             if processes.is_main():
                 samples_path = folder.samples / f"step_{step:06d}.jsonl"
                 _write_samples(samples_path, batch_problems, samples, rewards)
@@ -181,6 +197,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         "evaluation": scores,
         "data": task.data_counts("train") | {"too_long": too_long},
         "skipped_updates": int(train.skipped),
+        "alarms": [dataclasses.asdict(alarm) for alarm in monitor.alarms(history, thresholds)],
     }
     folder.write_summary(summary)
     if processes.is_main():
@@ -264,14 +281,15 @@ def roll_out(
 def judge_responses(
     config: Config,
     task: tasks.Task,
-    reward_model: Sample | None,
+    reward_model: TextModel | None,
     problems: Sequence[Problem],
     samples: Sequence[SampledText],
     step: int,
 ) -> Judged:
     """Format checks, and the reward model's judgements where the reward needs them."""
+    options = launch.decode_options(config)
     return judge(
-        reward_model,
+        None if reward_model is None else text_sampler(reward_model, options),
         task.text_format,
         problems,
         [sample.text for sample in samples],
@@ -393,6 +411,24 @@ def make_batch(
     return batch, metrics
 
 
+def as_sampled(
+    config: Config,
+    model_config: Any,
+    params: Any,
+    rollout: decoding.Rollout,
+    inputs: AdvantageInputs,
+    unmoved: bool,
+) -> AdvantageInputs:
+    """What this rollout's advantages are made of, to be shown: with the log-probs that the update
+    makes of its own, and those of the reference for a policy that still is the reference."""
+    logprobs = inputs.policy_logprobs
+    if inputs.ref_logprobs is not None and unmoved:
+        logprobs = inputs.ref_logprobs
+    elif logprobs is None:
+        logprobs = _score(config, model_config, rollout, params)
+    return dataclasses.replace(inputs, policy_logprobs=logprobs)
+
+
 def made_in_step(config: Config) -> bool:
     """Whether the update itself makes the advantages, from the log-probs of its own forward pass.
 
@@ -463,23 +499,29 @@ def token_step_ids(
     return step_ids(spans, offsets, num_tokens)
 
 
-def truth_metrics(
-    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText], judged: Judged
-) -> dict[str, float]:
-    """What the run may look at but never learn from: accuracy against the references, and
-    how often the reward model disagrees with it; {} where a problem has no reference."""
+def truths(
+    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
+) -> list[bool | None]:
+    """Whether each answer is right, None without a reference: what the run may look at but never
+    learn from."""
 
     def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
         texts = [sample.text for _, sample in rows]
         is_right = functools.partial(evaluate.is_right, task)
         return in_threads(is_right, [problem for problem, _ in rows], texts)
 
-    right = processes.share(list(zip(problems, samples, strict=True)), grade)
-    if any(hit is None for hit in right):  # a problem without a reference: nothing to look at
+    return processes.share(list(zip(problems, samples, strict=True)), grade)
+
+
+def truth_metrics(right: Sequence[bool | None], judged: Judged) -> dict[str, float]:
+    """Accuracy against the references, and how often the reward model disagrees with it; {} where a
+    problem has no reference."""
+    known = [hit for hit in right if hit is not None]
+    if len(known) < len(right):
         return {}
-    metrics = {"truth/accuracy": float(np.mean(right))}
+    metrics = {"truth/accuracy": float(np.mean(known))}
     if any(judgement.called for judgement in judged.judgements):
-        metrics |= disagreement(judged.judgements, np.array(right, bool))
+        metrics |= disagreement(judged.judgements, np.array(known, bool))
     return metrics
 
 
@@ -574,7 +616,7 @@ def _advantage_options(config: Config) -> str:
     return json.dumps(launch.given(config.rl.advantage_options))
 
 
-def _reward_model(config: Config, task: tasks.Task) -> tuple[Sample | None, tasks.Task]:
+def _reward_model(config: Config, task: tasks.Task) -> tuple[TextModel | None, tasks.Task]:
     """The reward model, and the task as it is shown it."""
     if config.rl.reward not in REWARDS_THAT_JUDGE:
         return None, task
@@ -585,7 +627,7 @@ def _reward_model(config: Config, task: tasks.Task) -> tuple[Sample | None, task
         )
     model = launch.load_text_model(config, config.rl.reward_model)
     shown = launch.for_model(launch.load_task(config), model.tokenizer, config)
-    return text_sampler(model, launch.decode_options(config)), shown
+    return model, shown
 
 
 def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -> Any:
@@ -620,8 +662,9 @@ def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params:
 
 def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
     """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
-    accuracy = scores["accuracy"]["estimate"]
-    return ({} if accuracy is None else {"eval/accuracy": accuracy}) | {
+    sides = {"": "estimate", "_low": "low", "_high": "high"}
+    accuracy = {f"eval/accuracy{end}": scores["accuracy"][side] for end, side in sides.items()}
+    return {name: value for name, value in accuracy.items() if value is not None} | {
         "eval/response_length": scores["response_length"],
         "eval/format_kept": scores["format_kept"],
         "eval/steps": scores["steps"],
