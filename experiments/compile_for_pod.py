@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -41,6 +42,7 @@ from spark_jax.experiments import launch, pod_plan
 from spark_jax.experiments.launch import Config, ConfigError
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels.ahead_of_time import environment
+from spark_jax.parallel import processes
 from spark_jax.parallel.sharding import MESH_AXES
 
 GIB = 2**30
@@ -93,7 +95,8 @@ def compile_programs(
         with complaints.open("w") as file:
             child = subprocess.Popen(
                 [sys.executable, "-m", "spark_jax.experiments.pod_worker"],
-                env=environment(folder, accelerator),
+                env=environment(folder, accelerator)
+                | {"LIBTPU_INIT_ARGS": processes.tpu_flags(os.environ)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

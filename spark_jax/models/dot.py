@@ -9,10 +9,13 @@ first, and the products of the backward pass are of the same kind as that of the
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from spark_jax.parallel.sharding import mesh_in_scope, platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -26,7 +29,7 @@ def dot(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> F
     Args:
       equation: "x,weight->out" without ellipses; every letter stands in two of the three.
     """
-    return _dot(equation, x, weight.astype(x.dtype))
+    return _dot(equation, x, weight.astype(x.dtype), _over_devices(x.dtype)).astype(jnp.float32)
 
 
 def _forward(equation: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -42,12 +45,23 @@ def _backward(
     cotangent = cotangent.astype(x.dtype)
     # x first: XLA:CPU transposes x, which is narrow, rather than the cotangent of a wide layer.
     weight_gradient = _dot(f"{x_axes},{out}->{weight_axes}", x, cotangent)
-    x_gradient = _dot(f"{out},{weight_axes}->{x_axes}", cotangent, weight.astype(x.dtype))
+    x_gradient = _dot(
+        f"{out},{weight_axes}->{x_axes}", cotangent, weight.astype(x.dtype), _over_devices(x.dtype)
+    )
     return x_gradient.astype(x.dtype), weight_gradient.astype(weight.dtype)
 
 
-def _dot(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+def _dot(equation: str, x: Array, y: Array, dtype: Any = jnp.float32) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+
+
+def _over_devices(dtype: Any) -> Any:
+    """What the chips of a TPU mesh send one another of products that they add up over its tensor
+    axis: what comes of them is rounded to `dtype` anyway, and half the bytes travel. A chip's own
+    sums are float32 in any case."""
+    mesh = mesh_in_scope()
+    several = mesh is not None and mesh.shape.get("tensor", 1) > 1
+    return dtype if several and platform() == "tpu" else jnp.float32
 
 
 dot.defvjp(_forward, _backward)

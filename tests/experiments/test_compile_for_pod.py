@@ -71,6 +71,11 @@ def compiled(small):
     return {row["program"]: row for row in rows}
 
 
+def rows_a_device(config):
+    """Of a micro-batch of the policy step, over fsdp=2."""
+    return config.rl.prompts_per_step * config.rl.group_size / config.rl.accumulation_steps / 2
+
+
 @needs_libtpu
 def test_a_small_run_fits_a_small_slice(compiled):
     step = compiled["rl/policy_step"]
@@ -90,21 +95,22 @@ def test_a_small_run_fits_a_small_slice(compiled):
 
 @needs_libtpu
 def test_no_scores_of_all_tokens_on_any_device(compiled, small):
-    rl = small.rl
-    rows = rl.prompts_per_step * rl.group_size / rl.accumulation_steps / 2
-    scores = rows * small.decode.max_new_tokens * SMALL["vocab_size"] / 2
+    scores = rows_a_device(small) * small.decode.max_new_tokens * SMALL["vocab_size"] / 2
     for name in compiled["rl/policy_step"]["largest_arrays"]:
         axes = name.partition("[")[2].rstrip("]").split(",")
         assert math.prod(map(int, axes)) < scores, name
 
 
 @needs_libtpu
-def test_what_a_program_does_is_counted(compiled):
+def test_what_a_program_does_is_counted(compiled, small):
     step, decode = compiled["rl/policy_step"], compiled["generate/decode"]
     assert step["cycles"] > 10_000
     moved = {kind: one["bytes"] for kind, one in step["collectives"].items()}
     # Each micro-batch gathers the layers' weights, over fsdp, forward and backward.
     assert sum(moved.values()) > 4 * 2 * (PARAMETERS - 2 * 32768 * 256) / 2 * 2
+    # Two sums over tensor a layer and pass (forward, again, backward), and one more, in bfloat16.
+    activations = rows_a_device(small) * 128 * SMALL["hidden_size"] * 2
+    assert moved["all-reduce"] < 4 * 2 * 7 * activations * 1.2
     token = pod_plan.decoder_step(decode)
     assert 0 < token["cycles"] < decode["cycles"]
     assert step["versions"] == {"jax": jax.__version__, "libtpu": ahead_of_time.libtpu_version()}

@@ -1,6 +1,7 @@
 """The layers' matrix product: the plain einsum in float32, and narrow both ways in bfloat16."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +131,21 @@ def test_bfloat16_gradients_are_finite_differences():
 
     assert length > 0.5
     np.testing.assert_allclose((value(0.05) - value(-0.05)) / 0.1, length, rtol=0.03)
+
+
+@pytest.mark.parametrize(("axes", "narrow"), [({"tensor": 2}, True), ({"fsdp": 8}, False)])
+def test_chips_that_add_up_products_send_them_in_the_compute_dtype(monkeypatch, axes, narrow):
+    """On a TPU mesh with a tensor axis; the gradient of the weights is summed in float32 there
+    too, over the rows of all devices."""
+    monkeypatch.setattr("spark_jax.models.dot.mesh_in_scope", lambda: SimpleNamespace(shape=axes))
+    monkeypatch.setattr("spark_jax.models.dot.platform", lambda: "tpu")
+    x, weight, cotangent = operands("btf,fd->btd")
+    x = x.astype(jnp.bfloat16)
+    out, pull = jax.vjp(lambda x, w: dot("btf,fd->btd", x, w), x, weight)
+    exact = plain("btf,fd->btd", x, weight.astype(jnp.bfloat16))
+    assert out.dtype == jnp.float32
+    expected = exact.astype(jnp.bfloat16) if narrow else exact
+    np.testing.assert_array_equal(out, expected.astype(jnp.float32))
+    _, weight_gradient = pull(cotangent)
+    assert weight_gradient.dtype == jnp.float32
+    assert np.any(weight_gradient != weight_gradient.astype(jnp.bfloat16))

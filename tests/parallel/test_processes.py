@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from spark_jax.parallel import processes
-from spark_jax.parallel.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID, arguments
+from spark_jax.parallel.processes import (
+    COORDINATOR,
+    NUM_PROCESSES,
+    PROCESS_ID,
+    arguments,
+    tpu_flags,
+)
 
 HERE = Path(__file__).parent
 THREE = {COORDINATOR: "host:1234", NUM_PROCESSES: "4", PROCESS_ID: "3"}
@@ -48,6 +54,16 @@ def test_a_tpu_is_asked_unless_the_process_is_to_go_alone(monkeypatch):
 def test_incomplete_addresses_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         arguments(THREE | changes)
+
+
+def test_what_the_tpu_compiler_is_told_leaves_what_it_was_told_before():
+    assert tpu_flags({}) == "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+    told = {"LIBTPU_INIT_ARGS": "--other=1"}
+    assert tpu_flags(told) == f"--other=1 {tpu_flags({})}"
+    otherwise = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=0"}
+    assert tpu_flags(otherwise) == otherwise["LIBTPU_INIT_ARGS"]
+    again = {"LIBTPU_INIT_ARGS": tpu_flags(told)}
+    assert tpu_flags(again) == again["LIBTPU_INIT_ARGS"]
 
 
 def test_one_process_needs_nobody():
