@@ -12,7 +12,8 @@ Every program (prefill and decode of each model, scoring, policy step, fine-tuni
 for the mesh from shapes alone, in a process of its own, and printed with what a device needs:
 arguments, temporaries, output, what else lies there at that time, collectives, and a static
 estimate of its time. The same, with more, goes to a JSON file. `--search` tries every mesh that
-divides the topology and ranks those that fit; `--plan` adds what stage I would take.
+divides the topology, with the axes of `--mesh` as they are, and ranks those that fit; `--plan` adds
+what stage I would take.
 The models are not fetched: shapes come from checkpoint folders, `configs/model_shapes.py` or the
 hub. A program takes half a minute to several minutes and up to a few GiB of memory.
 """
@@ -108,12 +109,14 @@ def compile_programs(
     return rows
 
 
-def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Every way of spreading so many devices over the axes of a mesh."""
+def meshes(devices: int, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Every way of spreading so many devices over the axes of a mesh, with the fixed ones kept."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for data, fsdp in itertools.product(divisors, divisors):
         if devices % (data * fsdp) == 0:
-            yield dict(zip(MESH_AXES, (data, fsdp, devices // (data * fsdp)), strict=True))
+            mesh = dict(zip(MESH_AXES, (data, fsdp, devices // (data * fsdp)), strict=True))
+            if mesh | dict(fixed) == mesh:
+                yield mesh
 
 
 def searched(
@@ -121,14 +124,15 @@ def searched(
     topology: str,
     devices: int,
     *,
+    fixed: Mapping[str, int],
     programs: Sequence[str],
     num_slices: int = 1,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[list[Row]]:
-    """The rows of every mesh that divides the topology, best first: those whose programs all fit,
-    by their estimated time; then the others, by how much is missing."""
+    """The rows of every mesh that divides the topology and has the `fixed` sizes, best first: those
+    whose programs all fit, by their estimated time; then the others, by how much is missing."""
     found = []
-    for mesh in meshes(devices):
+    for mesh in meshes(devices, fixed):
         if mesh["data"] % num_slices == 0:
             found.append(
                 compile_programs(
@@ -240,7 +244,7 @@ def main() -> None:
     flags.DEFINE_integer("num_slices", 1, "slices, all of that topology")
     flags.DEFINE_string("mesh", "", "such as fsdp=16,tensor=4; empty: the configuration's")
     flags.DEFINE_list("programs", [], "names, separated by commas; none: all")
-    flags.DEFINE_bool("search", False, "try all meshes")
+    flags.DEFINE_bool("search", False, "try all meshes that have the axes of --mesh")
     flags.DEFINE_bool("plan", False, "tokens, hours and chip-hours of stage I")
     flags.DEFINE_string("output", "", "the JSON file; empty: in runs/pods, by config and topology")
     flags.DEFINE_string("hlo", "", "a folder for the compiled programs as text")
@@ -273,7 +277,8 @@ def run(config: Config, options: Any) -> None:
     how = {"programs": options.programs, "num_slices": options.num_slices, "on_row": on_row}
     if options.search:
         devices = device_count(options.topology, options.num_slices)
-        ranked = searched(config, options.topology, devices, **how)
+        fixed = parse_mesh(options.mesh)
+        ranked = searched(config, options.topology, devices, fixed=fixed, **how)
         rows = [row for mesh in ranked for row in mesh]
     else:
         mesh = parse_mesh(options.mesh) or dict(config.mesh)

@@ -183,10 +183,11 @@ def test_by_how_much_a_program_does_not_fit(one_device):
 
 
 def test_meshes_of_a_topology():
-    found = list(compile_for_pod.meshes(8))
+    found = list(compile_for_pod.meshes(8, {}))
     assert len(found) == 10  # triples of powers of 2 that multiply to 2^3
     assert all(math.prod(mesh.values()) == 8 for mesh in found)
     assert len({tuple(mesh.values()) for mesh in found}) == 10
+    assert [mesh["fsdp"] for mesh in compile_for_pod.meshes(8, {"data": 2})] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
