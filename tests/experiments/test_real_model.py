@@ -129,10 +129,9 @@ def reward_model(config, stage1, tmp_path_factory):
     return path
 
 
-def test_fine_tuning_resumes_bit_for_bit_and_learns_from_rendered_prompts(
-    config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
+def test_fine_tuning_resumes_bit_for_bit_and_learns_from_rendered_prompts(config, tmp_path):
+    changes = {"sft.save_every": 2, "sft.steps": 6, "sft.optimizer.learning_rate": 3e-3}
+    config = launch.changed(config, changes)
     whole = sft.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         sft.run(config, tmp_path / "cut", stop_at(3))

@@ -8,7 +8,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.data import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
-from spark_jax.experiments import evaluate, generate_verifications, launch, sft, train_prm
+from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 
@@ -67,9 +67,9 @@ def test_every_method_gives_targets(tiny, stage1, method):
     assert len(pairs) == counts["balance"]["kept"]
 
 
-def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
-    config = launch.changed(tiny, {"prm.data": str(stage1), "prm.steps": 5})
+def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path):
+    changes = {"prm.data": str(stage1), "prm.steps": 5, "prm.save_every": 2}
+    config = launch.changed(tiny, changes)
     train_prm.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_prm.run(config, tmp_path / "broken", stop_at(4))  # after a save at 2, before one at 4
