@@ -128,23 +128,21 @@ def searched(
     programs: Sequence[str],
     num_slices: int = 1,
     on_row: Callable[[Row], None] = lambda row: None,
-) -> list[list[Row]]:
-    """The rows of every mesh that divides the topology and has the `fixed` sizes, best first: those
-    whose programs all fit, by their estimated time; then the others, by how much is missing."""
-    found = []
+) -> tuple[list[list[Row]], dict[str, str]]:
+    """Compiles for every mesh that divides the topology and has the `fixed` sizes.
+
+    Returns:
+      the rows of each, best first: those whose programs all fit, by their estimated time; then the
+      others, by how much is missing. And why meshes were refused that do not divide a model.
+    """
+    found, refused = [], {}
     for mesh in meshes(devices, fixed):
-        if mesh["data"] % num_slices == 0:
-            found.append(
-                compile_programs(
-                    config,
-                    topology,
-                    mesh,
-                    programs=programs,
-                    num_slices=num_slices,
-                    on_row=on_row,
-                )
-            )
-    return sorted(found, key=rank)
+        how = {"programs": programs, "num_slices": num_slices, "on_row": on_row}
+        try:
+            found.append(compile_programs(config, topology, mesh, **how))  # type: ignore[arg-type]
+        except ValueError as error:
+            refused["·".join(map(str, mesh.values()))] = str(error)
+    return sorted(found, key=rank), refused
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -278,11 +276,13 @@ def run(config: Config, options: Any) -> None:
     if options.search:
         devices = device_count(options.topology, options.num_slices)
         fixed = parse_mesh(options.mesh)
-        ranked = searched(config, options.topology, devices, fixed=fixed, **how)
+        ranked, refused = searched(config, options.topology, devices, fixed=fixed, **how)
         rows = [row for mesh in ranked for row in mesh]
+        for mesh, reason in refused.items():
+            console.print(f"{mesh} is refused: {reason}", markup=False, highlight=False)
     else:
-        mesh = parse_mesh(options.mesh) or dict(config.mesh)
-        rows = compile_programs(config, options.topology, mesh, hlo_folder=options.hlo, **how)
+        axes = parse_mesh(options.mesh) or dict(config.mesh)
+        rows = compile_programs(config, options.topology, axes, hlo_folder=options.hlo, **how)
     print_rows(rows, console)
     result: dict[str, Any] = {"programs": rows}
     if options.plan:
