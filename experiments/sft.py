@@ -69,7 +69,10 @@ def task_examples(config: Config, tokenizer: Any) -> list[tuple[str, str]]:
         made = task.examples(config.sft.num_examples, config.seed, task.text_format)
         return [(example.prompt, example.target) for example in made]
     chat = launch.chat_options(config)
-    given = read_jsonl(config.sft.data, Example)
+    try:
+        given = read_jsonl(config.sft.data, Example)
+    except ValueError as error:  # names file and line
+        raise launch.ConfigError(f"sft.data: {error}") from error
     return [(tokenizers.render(tokenizer, row.prompt, chat), row.target) for row in given]
 
 

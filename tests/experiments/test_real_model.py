@@ -153,6 +153,10 @@ def test_examples_may_come_from_a_file(config, tmp_path):
         "<|system|>You are careful.<|end|><|user|>3 + 3?<|end|><|assistant|>",
         "6",
     )
+    own.write_text(own.read_text() + '{"prompt": "no target"}\n')
+    with pytest.raises(launch.ConfigError, match=rf"sft\.data: .*{own.name}:\d+.*target"):
+        sft.task_examples(launch.changed(config, {"sft.data": str(own)}), byte_tokenizer())
+
     no_examples = launch.changed(config, {"task": "gsm8k", "sft.data": ""})
     with pytest.raises(launch.ConfigError, match="task='gsm8k' has no examples of its own"):
         sft.task_examples(no_examples, byte_tokenizer())
