@@ -1,11 +1,12 @@
 """Short arithmetic in words, for small language models: problems, their truth, and examples.
 
-    A box holds 7 apples. Then 5 apples are added. Then the number of apples is doubled. Then 8
+    A box holds 4 apples. Then 5 apples are added. Then the number of apples is doubled. Then 8
     apples are taken out. How many apples are in the box?
 
 Three or four operations on small whole numbers. A response is a chain of equations, one a step, so
 that the truth of every step of any text can be told. The examples teach a pretrained model the
-formats of solutions and verifications; after them its errors are its own.
+formats of solutions and verifications, and to err now and then, so that there is something to
+verify and to learn.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from spark_jax.steps import step_texts
 from spark_jax.verification.parse import format_verification
 
 OPERATIONS = (3, 4)  # per problem
-LARGEST = 40  # no value of a right solution is larger, or smaller than 2
+# No value of a right solution is larger, or smaller than 2: facts that small models know.
+LARGEST = 20
 # Shares of wrong steps in the examples' solutions: in those to be imitated, so that a policy errs
 # in more than one way and its groups differ; in every other of those to be verified, so that
 # copying does not pay. The rest are right, so that the overall verdict is as often Yes as No.
 WRONG_STEP = 0.15
 WRONG_STEP_VERIFIED = 0.5
-# How those differ from the right value or operand: a slip, or a lost carry.
-SLIPS = (-1, 1, -2, 2, -3, 3, -10, 10)
+# How those differ from the right value or operand.
+SLIPS = (-1, 1, -2, 2, -3, 3)
 
 _THINGS = ("apples", "books", "coins", "eggs", "pencils", "shells", "stamps", "stones")
 _PLACES = ("bag", "basket", "box", "chest", "drawer", "jar")
@@ -104,12 +106,12 @@ def problems(num: int | None, seed: int, split: str) -> list[Problem]:
 
 def draw(rng: random.Random) -> Problem:
     """A random problem, of either split."""
-    start = rng.randint(3, 20)
+    start = rng.randint(3, 12)
     operations: list[Operation] = []
     value, count = start, rng.choice(OPERATIONS)
     while len(operations) < count:
         operator = rng.choice("++--*")
-        operand = rng.choice((2, 3)) if operator == "*" else rng.randint(2, 12)
+        operand = rng.choice((2, 3)) if operator == "*" else rng.randint(2, 9)
         operation = Operation(operator, operand)
         if 2 <= operation(value) <= LARGEST:
             value = operation(value)
