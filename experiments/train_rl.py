@@ -420,13 +420,15 @@ def as_sampled(
     unmoved: bool,
 ) -> AdvantageInputs:
     """What this rollout's advantages are made of, to be shown: with the log-probs that the update
-    makes of its own, and those of the reference for a policy that still is the reference."""
+    makes of its own, and those of the reference for a policy that still is the reference. Arrays of
+    this process alone, whatever the mesh."""
     logprobs = inputs.policy_logprobs
     if inputs.ref_logprobs is not None and unmoved:
         logprobs = inputs.ref_logprobs
     elif logprobs is None:
         logprobs = _score(config, model_config, rollout, params)
-    return dataclasses.replace(inputs, policy_logprobs=logprobs)
+    shown = dataclasses.replace(inputs, policy_logprobs=logprobs)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), shown)
 
 
 def made_in_step(config: Config) -> bool:
