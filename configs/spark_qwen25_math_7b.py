@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.model = "Qwen/Qwen2.5-Math-7B"
     config.dtype = "bfloat16"
     # Parameters, moments and rows over all devices: least memory, and each layer's weights travel.
+    # docs/pods.md says which mesh suits which slice, such as --config.mesh.tensor=2.
     config.mesh.fsdp = -1
     config.task = "math"
     config.chat.arguments = ConfigDict({"enable_thinking": False})  # Qwen3 alone reads it
@@ -54,7 +55,7 @@ def get_config() -> ConfigDict:
             method="step_consistency",
             steps=1000,
             batch_size=64,
-            accumulation_steps=8,
+            accumulation_steps=1,
             max_length=6144,
             pack=True,
         )

@@ -155,6 +155,8 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         mesh = "·".join(str(size) for size in row["mesh"].values())
         table.add_row(row["program"], mesh, *(cell(row) for cell in _COLUMNS.values()))
     console.print(table)
+    if silent := sum(row.get("kernels_without_estimate", 0) > 0 for row in rows):
+        console.print(f"{silent} programs have kernels (attention) whose time is not estimated")
     for row in rows:
         if row.get("error") and "total" not in row:
             console.print(f"{row['program']} does not compile: {row['error']}", markup=False)
