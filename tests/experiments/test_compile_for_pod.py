@@ -318,7 +318,7 @@ RECORDED_WITH = {"jax": "0.10.2", "libtpu": "0.0.42.1"}
     ("topology", "mesh", "temporaries"),  # GiB of a device
     [
         ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, 8.07),
-        ("v6e:16x16", {"fsdp": 64, "tensor": 4}, 8.07),
+        ("v6e:16x16", {"fsdp": 64, "tensor": 4}, 2.23),
     ],
 )
 def test_the_policy_step_of_7b_fits(tmp_path, topology, mesh, temporaries):
