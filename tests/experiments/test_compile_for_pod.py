@@ -61,14 +61,14 @@ def one_device():
     return make_mesh({}, jax.devices()[:1])
 
 
-def score_arrays(text, vocab, tensor, tokens):
+def score_arrays(text, vocab, tensor, tokens, weights=()):
     """Arrays of a program with an axis as long as the vocabulary, or a device's part of it, and so
-    many numbers to each of its entries."""
+    many numbers to each of its entries, other than so many weights."""
     found = []
     for size, name in hlo.largest_arrays(text, 100_000):
         axes = list(map(int, name.partition("[")[2].rstrip("]").split(",")))
         longest = next((axis for axis in (vocab, vocab // tensor) if axis in axes), None)
-        if longest and size // longest >= tokens:
+        if longest and size // longest >= tokens and size // longest not in weights:
             found.append(name)
     return found
 
@@ -335,4 +335,7 @@ def test_the_policy_step_of_7b_fits(tmp_path, topology, mesh, temporaries):
     assert row["temporaries"] / 2**30 == pytest.approx(temporaries, rel=0.1)
     (text,) = [file.read_text() for file in tmp_path.iterdir()]
     tokens = 64 // mesh["fsdp"] * config.decode.max_new_tokens
-    assert not score_arrays(text, 152064, mesh["tensor"], tokens)
+    # The vocabulary's matrix is wider than a row is long; gathered, each part is padded to tiles.
+    part = 3584 // mesh["fsdp"]
+    weights = (3584, -(-part // 16) * 16 * mesh["fsdp"])
+    assert not score_arrays(text, 152064, mesh["tensor"], tokens, weights)
