@@ -10,6 +10,8 @@ PODS := $(VENV)/.installed-pods
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 DEMO_ARGS ?=
+# A process for each core, up to four; a file's tests stay in one, which shares what they compile.
+PYTEST = pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 BENCH_ARGS ?=
 
 .PHONY: setup demo demo-full test test-slow test-latest smollm2 pods lint types bench clean
@@ -53,10 +55,10 @@ demo-full: $(STAMP)
 	$(BIN)/python -m spark_jax.experiments.study --config=configs/demo_full.py $(DEMO_ARGS)
 
 test: lint types $(TESTED)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m $(PYTEST) -m 'not slow'
 
 test-slow: $(TESTED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m $(PYTEST) -m slow
 
 # The newest jax, on the first Python >= 3.12 that is found; reports and stops where there is none.
 test-latest:
@@ -68,7 +70,7 @@ test-latest:
 	  .venv-latest/bin/python -m pip install --quiet --upgrade jax jaxlib && \
 	  rm .venv-latest/.installed-pods && \
 	  $(MAKE) VENV=.venv-latest PYTHON=$$python .venv-latest/.installed-pods && \
-	  .venv-latest/bin/python -m pytest -m 'not slow'
+	  .venv-latest/bin/python -m $(PYTEST) -m 'not slow'
 
 lint: $(TESTED)
 	$(BIN)/ruff check .

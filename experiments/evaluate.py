@@ -46,8 +46,9 @@ from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
 from spark_jax.evaluation.processbench import ProcessBenchSample
-from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments import launch, progress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes, sharding
 from spark_jax.prm.evaluate import Judge, JudgeKind, evaluate_reward_model
@@ -80,6 +81,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
+    if on_progress:
+        on_progress(0, 1)
     shown = launch.for_model(task, model.tokenizer, config)
     if what == "policy":
         summary = policy_scores(config, shown, model) | {"data": task.data_counts("eval")}
@@ -442,7 +445,8 @@ def _shifted(on_progress: OnProgress, before: int, total: int) -> OnProgress:
 def main(config: Config, path: Path) -> None:
     """`run`, with what it found on the screen."""
     console = Console()
-    summary = run(config, path)
+    with progress.shown(str(path), "problems") as on_progress:
+        summary = run(config, path, on_progress)
     if not processes.is_main():
         return
     if config.evaluate.what in TABLES:

@@ -26,7 +26,8 @@ from spark_jax.data import tasks
 from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
 from spark_jax.text_generation import text_sampler
@@ -202,4 +203,4 @@ def settings(config: Config, section: Config) -> SamplingSettings:
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_stage1)
+    launch.main(run, launch.check_stage1, unit="problems")

@@ -36,6 +36,7 @@ from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.data import tasks
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.evaluation.benchmarks import ANSWER_FROM
+from spark_jax.experiments import progress
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import mesh as meshes
@@ -51,7 +52,6 @@ from spark_jax.training.run_folder import OtherRun
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 Config = Any  # ml_collections.ConfigDict
-OnProgress = Callable[[int, int], None]  # (done, total), in the experiment's own unit
 
 NEEDS_VERDICTS = ("selective", "global_step")
 
@@ -60,8 +60,11 @@ class ConfigError(ValueError):
     """A configuration that cannot work: the message is for the user, a traceback would not help."""
 
 
-def main(run: Callable[[Config, Path], Any], *checks: Callable[[Config], None]) -> None:
-    """Reads `--config`, makes the checks, and calls `run(config, Path(config.run_dir))`."""
+def main(
+    run: Callable[..., Any], *checks: Callable[[Config], None], unit: str | None = None
+) -> None:
+    """Reads `--config`, makes the checks, and calls `run(config, Path(config.run_dir))`; with a
+    `unit` of progress, under a bar and with its `on_progress`."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     flag = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 
@@ -72,7 +75,12 @@ def main(run: Callable[[Config, Path], Any], *checks: Callable[[Config], None]) 
         quiet_unless_main()
         for check in (check_common, *checks):
             check(flag.value)
-        run(flag.value, Path(flag.value.run_dir))
+        path = Path(flag.value.run_dir)
+        if unit is None:
+            run(flag.value, path)
+        else:
+            with progress.shown(str(path), unit) as on_progress:
+                run(flag.value, path, on_progress)
         processes.finish()
 
     def guarded(arguments: Sequence[str]) -> None:

@@ -10,21 +10,12 @@ first one stopped. Writes `summary.json`, `plots/*.png` and closing tables, whic
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from spark_jax.experiments import (
     evaluate,
@@ -35,7 +26,8 @@ from spark_jax.experiments import (
     train_prm,
     train_rl,
 )
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.progress import Bar, Jobs, bars
 from spark_jax.parallel import processes
 from spark_jax.reports import plots, study, tables
 from spark_jax.training.run_folder import RunFolder
@@ -50,7 +42,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
         config, path = quick_version(config), path.with_name(f"{path.name}-quick")
     folder = RunFolder.open(path, config)
     console = Console(quiet=not processes.is_main())
-    with progress_bars(console) as progress:
+    with bars(console) as progress:
         if config.pretrain:
             config = make_base(config, path / BASE, progress)
         if config.pipeline.sft:
@@ -199,12 +191,12 @@ def make_base(config: Config, path: Path, progress: Progress) -> Config:
 
     if not (path / "config.json").exists():
         settings = pretrain.PretrainSettings()
-        bar = progress.add_task("Base: pretraining", total=settings.steps)
+        bar = Bar(progress, "Base: pretraining", "updates")
         pretrain.run(
             path,
             seed=config.seed,
             settings=settings,
-            on_progress=lambda step, _: progress.update(bar, completed=step),
+            on_progress=lambda step, _: bar.report(step, settings.steps),
         )
     processes.exchange(None)  # the first process writes it
     return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
@@ -212,64 +204,9 @@ def make_base(config: Config, path: Path, progress: Progress) -> Config:
 
 def fine_tuned_base(config: Config, path: Path, progress: Progress) -> Config:
     """Teaches the model the formats, into `path`, and uses the result from here on."""
-    bar = progress.add_task("Base: fine-tuning on formats", total=config.sft.steps)
-    sft.run(config, path, lambda done, _: progress.update(bar, completed=done))
-    progress.update(bar, completed=config.sft.steps)
+    sft.run(config, path, Bar(progress, "Base: fine-tuning on formats", "updates").report)
     model = str(path / "model")
     return launch.changed(config, {"model": model, "evaluate.generator": model})
-
-
-Job = tuple[Callable[[Config, Path, OnProgress], Any], Config, Path]
-
-
-class Jobs:
-    """Runs independent jobs on a few threads (the compiled programs run outside Python's lock),
-    with one bar per stage that counts the jobs' own units."""
-
-    def __init__(self, progress: Progress, workers: int) -> None:
-        self.progress, self.workers = progress, workers
-
-    def run(self, title: str, jobs: Iterable[Job]) -> None:
-        """Runs all jobs; the first error ends the stage and is raised."""
-        jobs = list(jobs)
-        share = dict.fromkeys(range(len(jobs)), 0.0)
-        lock = threading.Lock()
-        bar = self.progress.add_task(title, total=len(jobs))
-
-        def one(index: int) -> None:
-            job, config, path = jobs[index]
-            job(config, path, lambda done, total: report(index, done / total))
-            report(index, 1.0)
-
-        def report(index: int, done: float) -> None:
-            with lock:
-                share[index] = done
-                self.progress.update(bar, completed=sum(share.values()))
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(one, index) for index in range(len(jobs))]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException:
-                self.progress.console.print("stopping: what is under way is finished first ...")
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def progress_bars(console: Console) -> Progress:
-    """Bars with a share, the time gone and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=console,
-        refresh_per_second=2,
-    )
 
 
 def _reward_model(config: Config, path: Path, seed: int) -> str:

@@ -24,7 +24,7 @@ from spark_jax.configs.model_shapes import MODEL_SHAPES
 from spark_jax.data.arithmetic_chains import base
 from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import prepare
-from spark_jax.experiments import launch, sft, train_rl
+from spark_jax.experiments import launch, policy_update, sft
 from spark_jax.experiments.launch import Config, ConfigError
 from spark_jax.models import config as model_config
 from spark_jax.models import transformer
@@ -141,10 +141,10 @@ def _rl(config: Config, mesh: Mesh, reward_model: str) -> list[Program]:
     reward_model = rl.reward_model or reward_model
     judge = model_shape(config, reward_model)
     held = {
-        "train state": _state(policy, train_rl.make_optimizer(config), mesh),
+        "train state": _state(policy, policy_update.make_optimizer(config), mesh),
         "policy to sample from": _params(policy, policy.dtype, mesh),
     }
-    if train_rl.needs_reference_policy(config):
+    if policy_update.needs_reference_policy(config):
         dtype = config.dtype if rl.reference_model else "float32"
         held["reference policy"] = _params(policy, dtype, mesh)
     if rl.reward in REWARDS_THAT_JUDGE:
@@ -252,7 +252,7 @@ def _score(
     parts = (batch.prompt_tokens, batch.prompt_mask, batch.tokens, batch.mask)
 
     def lower() -> Any:
-        score = train_rl.compiled_score(model, train_rl.score_parts(config))
+        score = policy_update.compiled_score(model, policy_update.score_parts(config))
         return score.lower(params, *_rows(parts, mesh))
 
     return Program("rl/score", config.model, lower, beside, *_size(batch))
@@ -272,7 +272,7 @@ def _policy_step(
         rows, positions = batch.tokens.shape
 
     def lower() -> Any:
-        step = train_rl.compiled_step(model, json.dumps(train_rl.update_settings(config)))
+        step = policy_update.compiled_step(model, json.dumps(policy_update.update_settings(config)))
         return step.lower(train, _rows(batch, mesh))
 
     return Program("rl/policy_step", config.model, lower, beside, rows, positions)
@@ -290,9 +290,9 @@ def _policy_batch(config: Config, model: ModelConfig, rows: int) -> PolicyBatch:
         return np.broadcast_to(value, (rows, width))
 
     numbers, counted = filled(np.float32(0)), filled(np.bool_(True))
-    reference = numbers if train_rl.needs_reference_policy(config) else None
+    reference = numbers if policy_update.needs_reference_policy(config) else None
     made = None
-    if train_rl.made_in_step(config):
+    if policy_update.made_in_step(config):
         inputs = AdvantageInputs(
             rewards=np.broadcast_to(np.float32(0), (rows,)),
             mask=counted,

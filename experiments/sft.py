@@ -25,7 +25,8 @@ from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
 from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.prm.examples import tokenize_examples
 from spark_jax.reports import plots
@@ -117,6 +118,8 @@ def fine_tune(
             train, extra = restored
             folder.check_identity(extra)
         metrics.truncate_after(int(train.step))
+        if on_progress:
+            on_progress(int(train.step), section.steps)
         watch.release()  # every update takes over the state's memory at once
         for step in range(int(train.step) + 1, section.steps + 1):
             batch = jax.tree.map(lambda x, at=order[step - 1]: x[at], batches)
@@ -160,4 +163,4 @@ def optimizer_settings(section: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_sft)
+    launch.main(run, launch.check_sft, unit="updates")

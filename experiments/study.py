@@ -21,7 +21,8 @@ from rich.console import Console
 
 from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm, train_rl
 from spark_jax.experiments.launch import Config
-from spark_jax.experiments.pipeline import Job, Jobs, base_as_reward_model, progress_bars
+from spark_jax.experiments.pipeline import base_as_reward_model
+from spark_jax.experiments.progress import Job, Jobs, bars
 from spark_jax.reports import full_study, plots
 from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
 
@@ -35,7 +36,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     path.mkdir(parents=True, exist_ok=True)
     console = Console()
     found: dict[str, Any] = {}
-    with progress_bars(console) as progress:
+    with bars(console) as progress:
         jobs = Jobs(progress, config.study.workers)
         for part in config.study.parts:
             jobs.run(TITLES[part], PARTS[part](config, path))

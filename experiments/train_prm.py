@@ -14,7 +14,8 @@ from typing import Any
 
 from spark_jax.data import tasks
 from spark_jax.experiments import evaluate, generate_verifications, launch, sft
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.prm.targets import TrainingPair, aggregated_by, training_pairs
 from spark_jax.reports import plots
@@ -67,4 +68,4 @@ def examples(config: Config, task: tasks.Task) -> tuple[list[TrainingPair], dict
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_prm)
+    launch.main(run, launch.check_prm, unit="updates")

@@ -12,35 +12,45 @@ Started again, it goes on from the last checkpoint, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from spark_jax import decoding
 from spark_jax.advantages import (
-    ADVANTAGES,
     AdvantageInputs,
-    dynamic_sampling_mask,
-    masked_step,
-    zero_variance_groups,
 )
 from spark_jax.data import tasks
-from spark_jax.data.batches import batch_order
+from spark_jax.data.batches import BatchOrder, batch_order
 from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import evaluate, launch, recording
-from spark_jax.experiments.launch import Config, OnProgress
+from spark_jax.experiments.launch import Config
+from spark_jax.experiments.policy_update import (
+    NEEDS_PROCESS_REWARDS,
+    advantage_inputs,
+    as_sampled,
+    compiled_step,
+    make_batch,
+    make_optimizer,
+    minibatches,
+    moved,
+    needs_reference_policy,
+    packed,
+    update_metrics,
+    update_settings,
+)
+from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
-from spark_jax.parallel import processes, sharding
+from spark_jax.parallel import processes
 from spark_jax.reports import plots
 from spark_jax.rewards import monitor
 from spark_jax.rewards.format import MAX_STEPS
@@ -53,13 +63,7 @@ from spark_jax.rewards.prm import (
     disagreement,
     judge,
 )
-from spark_jax.rewards.process import (
-    cumulative_process_reward,
-    process_reward_auc,
-    step_process_rewards,
-)
 from spark_jax.rewards.records import RewardInputs
-from spark_jax.scoring import response_logprobs_and_entropy
 from spark_jax.steps import step_ids, token_offsets
 from spark_jax.text_generation import (
     SampledText,
@@ -70,18 +74,49 @@ from spark_jax.text_generation import (
     sample_rollout,
     text_sampler,
 )
-from spark_jax.training import optimizer, spread, state
+from spark_jax.training import spread, state
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter, read_metrics
-from spark_jax.training.packing import PackedPolicyBatch, pack_policy_batch
-from spark_jax.training.policy import Objective, PolicyBatch, policy_step
+from spark_jax.training.policy import PolicyBatch
 from spark_jax.training.preemption import Preempted, Watch
 from spark_jax.training.run_folder import RunFolder
-from spark_jax.training.update import in_micro_batches
 
 logger = logging.getLogger(__name__)
 
-NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What stays as it is throughout a run."""
+
+    config: Config
+    folder: RunFolder
+    model: launch.Loaded  # the policy's, without its parameters
+    task: tasks.Task  # as the policy is shown it
+    reward_model: TextModel | None
+    judged_task: tasks.Task  # as the reward model is shown it
+    problems: list[Problem]
+    too_long: int  # problems that are left out
+    order: BatchOrder  # which problems each step is about
+    thresholds: monitor.Thresholds
+
+    def policy(self, params: Any) -> TextModel:
+        return launch.text_model(*self.model._replace(params=params), name="policy")
+
+    def problems_of(self, step: int) -> list[Problem]:
+        """The problem of each response of a step's rollout."""
+        chosen = self.order[step - 1]
+        return [self.problems[i] for i in chosen for _ in range(self.config.rl.group_size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A rollout of B responses, and what was made of them."""
+
+    problems: list[Problem]
+    rollout: decoding.Rollout
+    samples: list[SampledText]
+    judged: Judged
+    rewards: np.ndarray  # [B]
 
 
 @launch.on_mesh
@@ -90,22 +125,16 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     launch.check_rl(config)
     config = launch.sub_config(config, "rl", "prm", "generate", "evaluate")
     loaded = launch.load_trainable(config, config.model)
-    initial, model_config, tokenizer, _ = loaded
-    reference = _reference_policy(config, initial, model_config)
+    reference = _reference_policy(config, loaded.params, loaded.config)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    task = launch.for_model(launch.load_task(config), tokenizer, config)
-    reward_model, judged_task = _reward_model(config, task)
-    problems = task.problems(config.rl.num_problems, config.seed, "train")
-    problems, too_long = without_too_long(config, task, loaded, problems)
-    order = batch_order(len(problems), config.rl.prompts_per_step, config.seed)
-    thresholds = monitor.Thresholds(**config.rl.monitor)
-
-    update = compiled_step(model_config, json.dumps(update_settings(config)))
+    setting = make_setting(config, folder, loaded)
+    initial = loaded.params
     if reference is initial:  # the updates take over the memory of what they start from
         initial = jax.tree.map(jnp.copy, initial)
-    train = spread.new_state(initial, make_optimizer(config), _key(config), model_config)
+    train = spread.new_state(initial, make_optimizer(config), _key(config), loaded.config)
+    del loaded, initial
 
     keep = {"keep": config.rl.keep_checkpoints, "keep_every": config.rl.keep_every}
     with (
@@ -113,96 +142,262 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         MetricsWriter(path) as metrics,
         Watch() as watch,
     ):
-        restored = saved.restore_latest(to_save(config, train, reference))
-        if restored is not None:
-            state_of_run, extra = restored
-            train, reference = from_saved(config, state_of_run, reference)
-            folder.check_identity(extra)
-        first = 1 + (extra["rollouts"] if restored is not None else 0)
-        metrics.truncate_after(first - 1 if restored is not None else -1)
-        history = read_metrics(metrics.path) if processes.is_main() else []
-        policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
-        if restored is None or first > config.rl.steps:  # else the last step evaluates
-            scores = evaluate.policy_scores(config, task, policy)
-        if restored is None:
-            metrics.scalars(0, evaluation_metrics(scores))
-            history.append({"step": 0, **evaluation_metrics(scores)})
+        train, reference, done = restore(setting, saved, train, reference)
+        log = Log(setting, metrics, done)
+        scores: dict[str, Any] = {}
+        if done in (None, config.rl.steps):  # else the last step evaluates
+            scores = evaluate.policy_scores(config, setting.task, setting.policy(train.params))
+        if done is None:
+            log.write(0, evaluation_metrics(scores))
+        if on_progress:
+            on_progress(done or 0, config.rl.steps)
 
-        for step in range(first, config.rl.steps + 1):
+        for step in range((done or 0) + 1, config.rl.steps + 1):
             at = position(config, folder, step - 1)
-            state_of_run = to_save(config, train, reference)
-            watch.hold(functools.partial(saved.ensure, step - 1, state_of_run, at))
-            batch_problems = [
-                problems[i] for i in order[step - 1] for _ in range(config.rl.group_size)
-            ]
-            rollout, samples = roll_out(config, task, policy, batch_problems, step)
-            judged = judge_responses(
-                config, judged_task, reward_model, batch_problems, samples, step
-            )
-            rewards = compute_rewards(config, task, batch_problems, samples, judged, step)
-            steps = token_step_ids(task, tokenizer, samples, rollout.tokens.shape[1])
-            inputs = advantage_inputs(
-                config, model_config, train.params, reference, rollout, rewards, judged, steps
-            )
-            if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-                known = step_truth(task, batch_problems, samples)
-                inputs = dataclasses.replace(inputs, step_truth=known)
-            unmoved = int(train.step) == 0 and not config.rl.reference_model
-            batch, values = make_batch(config, rollout, inputs, unmoved)
-            if kept := recording.is_recorded(config, step):
-                shown = as_sampled(config, model_config, train.params, rollout, inputs, unmoved)
-            updates = []
-            watch.release()
-            for part in minibatches(config, batch):
-                if part.mask.any():  # groups may all have been filtered out
-                    train, update_values = update(train, packed(config, part))
-                    updates.append(update_values)
-            policy = launch.text_model(*loaded._replace(params=train.params), name="policy")
-            if config.rl.reference_decay is not None:
-                reference = moved(reference, train.params, config.rl.reference_decay)
-            # Graded while the devices still work on the updates, for which nothing has waited yet.
-            correct = truths(task, batch_problems, samples)
-
-            values |= update_metrics(updates) | judged.metrics | truth_metrics(correct, judged)
-            if kept:
-                values |= recording.record(
-                    path, config, step, task, tokenizer, batch_problems, samples, judged, rewards,
-                    shown, correct, reward_model=reward_model, asked=judged_task.text_format,
-                    usual_steps=monitor.usual_steps([*history, values], thresholds),
-                )  # fmt: skip
-            if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
-                scores = evaluate.policy_scores(config, task, policy)
-                values |= evaluation_metrics(scores)
-            values = jax.device_get(values)
-            values |= monitor.metrics([*history, values], thresholds)
-            metrics.scalars(step, values)
-            history.append({"step": step, **values})
-            for alarm in monitor.raised(history, thresholds):
-                logger.warning("%s: %s", path, alarm)
-            if processes.is_main():
-                samples_path = folder.samples / f"step_{step:06d}.jsonl"
-                _write_samples(samples_path, batch_problems, samples, rewards)
+            watch.hold(partial(saved.ensure, step - 1, to_save(config, train, reference), at))
+            train, reference, found = take_step(setting, train, reference, step, log, watch)
+            scores = found or scores
             last, stop = step == config.rl.steps, watch.asked()
             if step % config.rl.save_every == 0 or last or stop:
-                state_of_run = to_save(config, train, reference)
-                saved.save(step, state_of_run, position(config, folder, step))
+                at = position(config, folder, step)
+                saved.save(step, to_save(config, train, reference), at)
             if on_progress:
                 on_progress(step, config.rl.steps)
             if stop and not last:
                 saved.wait()
                 raise Preempted(0)
 
-    launch.save_model(path / "model", loaded._replace(params=train.params))
+    launch.save_model(path / "model", setting.model._replace(params=train.params))
     summary = {
         "evaluation": scores,
-        "data": task.data_counts("train") | {"too_long": too_long},
+        "data": setting.task.data_counts("train") | {"too_long": setting.too_long},
         "skipped_updates": int(train.skipped),
-        "alarms": [dataclasses.asdict(alarm) for alarm in monitor.alarms(history, thresholds)],
+        "alarms": [dataclasses.asdict(alarm) for alarm in log.alarms()],
     }
     folder.write_summary(summary)
     if processes.is_main():
         plots.training_curves(path / "metrics.jsonl", folder.plots)
     return summary
+
+
+def take_step(
+    setting: Setting,
+    train: state.TrainState,
+    reference: Any,
+    step: int,
+    log: Log,
+    watch: Watch,
+) -> tuple[state.TrainState, Any, dict[str, Any] | None]:
+    """Rollout, rewards, advantages, updates; the new state and reference policy, and the scores of
+    a step that evaluates. The updates take over the memory of `train`."""
+    config, stopwatch = setting.config, Stopwatch()
+    graded = collect(setting, setting.policy(train.params), step, stopwatch)
+    inputs = inputs_of(setting, graded, train.params, reference)
+    unmoved = int(train.step) == 0 and not config.rl.reference_model
+    batch, values = make_batch(config, graded.rollout, inputs, unmoved)
+    if kept := recording.is_recorded(config, step):
+        shown = as_sampled(
+            config, setting.model.config, train.params, graded.rollout, inputs, unmoved
+        )
+    watch.release()
+    train, updates = update_policy(setting, train, batch)
+    if config.rl.reference_decay is not None:
+        reference = moved(reference, train.params, config.rl.reference_decay)
+    # Graded while the devices still work on the updates, for which nothing has waited yet.
+    correct = truths(setting.task, graded.problems, graded.samples)
+    values |= update_metrics(updates) | graded.judged.metrics
+    values |= truth_metrics(correct, graded.judged)
+    stopwatch.lap("update")
+    if kept:
+        values |= record(setting, step, graded, shown, correct, log.usual_steps(values))
+    scores = None
+    if step % config.rl.evaluate_every == 0 or step == config.rl.steps:
+        scores = evaluate.policy_scores(config, setting.task, setting.policy(train.params))
+        values |= evaluation_metrics(scores)
+        stopwatch.lap("evaluate")
+    log.write(step, values, stopwatch.laps, graded)
+    return train, reference, scores
+
+
+def make_setting(config: Config, folder: RunFolder, loaded: launch.Loaded) -> Setting:
+    """Task, problems and reward model of a run; ConfigError where one of them cannot be."""
+    task = launch.for_model(launch.load_task(config), loaded.tokenizer, config)
+    reward_model, judged_task = _reward_model(config, task)
+    problems = task.problems(config.rl.num_problems, config.seed, "train")
+    problems, too_long = without_too_long(config, task, loaded, problems)
+    return Setting(
+        config=config,
+        folder=folder,
+        model=loaded._replace(params=None),
+        task=task,
+        reward_model=reward_model,
+        judged_task=judged_task,
+        problems=problems,
+        too_long=too_long,
+        order=batch_order(len(problems), config.rl.prompts_per_step, config.seed),
+        thresholds=monitor.Thresholds(**config.rl.monitor),
+    )
+
+
+def restore(
+    setting: Setting, saved: Checkpoints, train: state.TrainState, reference: Any
+) -> tuple[state.TrainState, Any, int | None]:
+    """State, reference policy and number of rollouts of the last checkpoint; None without one."""
+    restored = saved.restore_latest(to_save(setting.config, train, reference))
+    if restored is None:
+        return train, reference, None
+    kept, extra = restored
+    setting.folder.check_identity(extra)
+    return *from_saved(setting.config, kept, reference), extra["rollouts"]
+
+
+def collect(setting: Setting, policy: TextModel, step: int, stopwatch: Stopwatch) -> Graded:
+    """A step's rollout, judged and rewarded."""
+    config, problems = setting.config, setting.problems_of(step)
+    rollout, samples = roll_out(config, setting.task, policy, problems, step)
+    stopwatch.lap("rollout", tokens=sum(len(sample.token_ids) for sample in samples))
+    judged = judge_responses(
+        config, setting.judged_task, setting.reward_model, problems, samples, step
+    )
+    rewards = compute_rewards(config, setting.task, problems, samples, judged, step)
+    stopwatch.lap("rewards")
+    return Graded(problems, rollout, samples, judged, rewards)
+
+
+def inputs_of(setting: Setting, graded: Graded, params: Any, reference: Any) -> AdvantageInputs:
+    """What the rollout's advantages are made of; for process rewards, with the truth to compare."""
+    config, rollout = setting.config, graded.rollout
+    steps = token_step_ids(
+        setting.task, setting.model.tokenizer, graded.samples, rollout.tokens.shape[1]
+    )
+    inputs = advantage_inputs(
+        config, setting.model.config, params, reference, rollout, graded.rewards, graded.judged,
+        steps,
+    )  # fmt: skip
+    if config.rl.advantage not in NEEDS_PROCESS_REWARDS:
+        return inputs
+    known = step_truth(setting.task, graded.problems, graded.samples)
+    return dataclasses.replace(inputs, step_truth=known)
+
+
+def update_policy(
+    setting: Setting, train: state.TrainState, batch: PolicyBatch
+) -> tuple[state.TrainState, list[dict[str, Any]]]:
+    """The updates of one rollout, and the metrics of each. They are under way when this returns."""
+    config, updates = setting.config, []
+    update = compiled_step(setting.model.config, json.dumps(update_settings(config)))
+    for part in minibatches(config, batch):
+        if part.mask.any():  # groups may all have been filtered out
+            train, values = update(train, packed(config, part))
+            updates.append(values)
+    return train, updates
+
+
+def record(
+    setting: Setting,
+    step: int,
+    graded: Graded,
+    inputs: AdvantageInputs,
+    correct: Sequence[bool | None],
+    usual_steps: float | None,
+) -> dict[str, float]:
+    """Keeps the rollout for the page; see `recording.record`."""
+    return recording.record(
+        setting.folder.path,
+        setting.config,
+        step,
+        setting.task,
+        setting.model.tokenizer,
+        graded.problems,
+        graded.samples,
+        graded.judged,
+        graded.rewards,
+        inputs,
+        correct,
+        reward_model=setting.reward_model,
+        asked=setting.judged_task.text_format,
+        usual_steps=usual_steps,
+    )
+
+
+class Stopwatch:
+    """Seconds of each part of a step, from one lap to the next, and tokens per second."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str, tokens: int | None = None) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._since
+        if tokens is not None:
+            self.laps[f"{name}_tokens_per_second"] = tokens / max(self.laps[name], 1e-9)
+        self._since = now
+
+
+class Log:
+    """What a run writes down of every step, and what the monitor makes of it."""
+
+    def __init__(self, setting: Setting, metrics: MetricsWriter, done: int | None) -> None:
+        """Goes on after `done` steps: what was written of later ones is dropped."""
+        self._setting, self._metrics = setting, metrics
+        metrics.truncate_after(-1 if done is None else done)
+        self._history = read_metrics(metrics.path) if processes.is_main() else []
+
+    def write(
+        self,
+        step: int,
+        values: dict[str, Any],
+        seconds: Mapping[str, float] | None = None,
+        graded: Graded | None = None,
+    ) -> None:
+        """Metrics, alarms and the responses of a step; step 0 has none."""
+        thresholds = self._setting.thresholds
+        values = jax.device_get(values)
+        if graded is not None:
+            values |= monitor.metrics([*self._history, values], thresholds)
+        self._metrics.scalars(step, values, seconds=seconds)
+        self._history.append({"step": step, **values})
+        if graded is None:
+            return
+        for alarm in monitor.raised(self._history, thresholds):
+            logger.warning("%s: %s", self._setting.folder.path, alarm)
+        if processes.is_main():
+            _write_samples(self._setting.folder.samples / f"step_{step:06d}.jsonl", graded)
+            self._show(step, graded)
+
+    def usual_steps(self, values: dict[str, Any]) -> float | None:
+        """Steps per response at the start of the run, `values` being those of a step to come."""
+        return monitor.usual_steps([*self._history, values], self._setting.thresholds)
+
+    def alarms(self) -> list[monitor.Alarm]:
+        return monitor.alarms(self._history, self._setting.thresholds)
+
+    def _show(self, step: int, graded: Graded) -> None:
+        """Histograms, and the first problem's responses, in TensorBoard."""
+        rollout = graded.rollout
+        self._metrics.histogram(step, "reward", graded.rewards)
+        self._metrics.histogram(step, "response/length", rollout.mask.sum(axis=1))
+        self._metrics.histogram(step, "response/logprob", rollout.logprobs[rollout.mask])
+        self._metrics.histogram(step, "response/steps", graded.judged.num_steps)
+        if step % self._setting.config.rl.evaluate_every == 0:
+            self._metrics.text(step, "responses", _as_markdown(graded))
+
+
+def _as_markdown(graded: Graded) -> str:
+    """The first problem, two of its responses, and what the reward model said of them."""
+    parts = [f"**{graded.problems[0].question}**"]
+    for sample, reward, judgement in zip(
+        graded.samples[:2], graded.rewards, graded.judged.judgements, strict=False
+    ):
+        parts += [f"reward {reward:g}", _indented(sample.text)]
+        if judgement.called:
+            parts += ["the reward model:", _indented(judgement.text)]
+    return "\n\n".join(parts)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def position(config: Config, folder: RunFolder, rollouts: int) -> dict[str, Any]:
@@ -227,12 +422,6 @@ def from_saved(config: Config, saved: Any, reference: Any) -> tuple[state.TrainS
     """The train state and the reference policy of a checkpoint."""
     moves = config.rl.reference_decay is not None
     return (saved["train"], saved["reference"]) if moves else (saved, reference)
-
-
-@jax.jit
-def moved(reference: Any, params: Any, decay: Any) -> Any:
-    """The reference policy after an update: decay · itself + (1 − decay) · the policy."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, reference, params)
 
 
 def without_too_long(
@@ -341,141 +530,6 @@ def graded_together(reward: str, inputs: RewardInputs) -> np.ndarray:
     return np.concatenate(processes.share(groups, grade))
 
 
-def advantage_inputs(
-    config: Config,
-    model_config: Any,
-    params: Any,
-    reference: Any,
-    rollout: decoding.Rollout,
-    rewards: np.ndarray,
-    judged: Judged,
-    steps: np.ndarray,
-) -> AdvantageInputs:
-    """All that an advantage may look at.
-
-    Where process rewards compare the policy with the reference, the scorer scores both: the
-    sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up. The
-    policy's are None where the update makes the advantages, from log-probs of its own.
-    """
-    ref_logprobs, policy_logprobs = None, rollout.logprobs
-    if reference is not None:
-        score = functools.partial(_score, config, model_config, rollout)
-        ref_logprobs = score(reference)
-        if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-            policy_logprobs = None if made_in_step(config) else score(params)
-    return AdvantageInputs(
-        rewards=jnp.asarray(rewards),
-        mask=rollout.mask,
-        group_size=config.rl.group_size,
-        policy_logprobs=policy_logprobs,
-        ref_logprobs=ref_logprobs,
-        verdicts=jnp.asarray(judged.verdicts),
-        step_ids=jnp.asarray(steps),
-    )
-
-
-def make_batch(
-    config: Config, rollout: decoding.Rollout, inputs: AdvantageInputs, unmoved: bool
-) -> tuple[PolicyBatch, dict[str, Any]]:
-    """What the update needs, and metrics of rewards and advantages. `unmoved`: the policy still is
-    the reference, so that no process reward differs from 0, whatever two passes round."""
-    options = _advantage_options(config)
-    mask = rollout.mask & _kept_groups(config, inputs.rewards)[:, None]
-    batch = PolicyBatch(
-        prompt_tokens=jnp.repeat(rollout.prompt_tokens, config.rl.group_size, axis=0),
-        prompt_mask=jnp.repeat(rollout.prompt_mask, config.rl.group_size, axis=0),
-        tokens=rollout.tokens,
-        mask=mask,
-        old_logprobs=rollout.logprobs,
-        advantages=None,
-        ref_logprobs=inputs.ref_logprobs,
-    )
-    metrics = {}
-    if made_in_step(config):
-        made_of = (inputs, jnp.asarray(unmoved))
-        batch = dataclasses.replace(batch, advantage_inputs=made_of)
-    else:
-        make = compiled_advantage(config.rl.advantage, options)
-        advantages, metrics = make(inputs.policy_logprobs, (inputs, jnp.asarray(False)))
-        batch = dataclasses.replace(batch, advantages=advantages)
-    metrics |= {
-        "reward/mean": inputs.rewards.mean(),
-        "reward/std": inputs.rewards.std(),
-        "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, config.rl.group_size)
-        / config.rl.prompts_per_step,
-        "response/length": rollout.mask.sum(axis=1).mean(),
-        "response/finished": rollout.finished.mean(),
-        "response/trained_on": mask.any(axis=1).mean(),
-        "decode/slot_occupancy": rollout.slot_occupancy,
-    }
-    return batch, metrics
-
-
-def as_sampled(
-    config: Config,
-    model_config: Any,
-    params: Any,
-    rollout: decoding.Rollout,
-    inputs: AdvantageInputs,
-    unmoved: bool,
-) -> AdvantageInputs:
-    """What this rollout's advantages are made of, to be shown: with the log-probs that the update
-    makes of its own, and those of the reference for a policy that still is the reference. Arrays of
-    this process alone, whatever the mesh."""
-    logprobs = inputs.policy_logprobs
-    if inputs.ref_logprobs is not None and unmoved:
-        logprobs = inputs.ref_logprobs
-    elif logprobs is None:
-        logprobs = _score(config, model_config, rollout, params)
-    shown = dataclasses.replace(inputs, policy_logprobs=logprobs)
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), shown)
-
-
-def made_in_step(config: Config) -> bool:
-    """Whether the update itself makes the advantages, from the log-probs of its own forward pass.
-
-    It does where an advantage reads the policy's log-probs and the update sees the whole rollout,
-    once, with the policy that sampled it: a forward pass is saved.
-    """
-    rl = config.rl
-    whole = rl.epochs == rl.minibatches == rl.accumulation_steps == 1 and not rl.pack
-    return rl.advantage in NEEDS_PROCESS_REWARDS and whole
-
-
-def packed(config: Config, batch: PolicyBatch) -> PolicyBatch | PackedPolicyBatch:
-    """The batch of one update, several responses to a row where `rl.pack` is set; its rows spread
-    over the mesh, if there is one."""
-    if not config.rl.pack:
-        return batch if spread.mesh() is None else spread.rows(batch)
-    objective = Objective(**launch.objective_fields(config))
-    multiple = config.rl.accumulation_steps * sharding.batch_shards()
-    return spread.rows(pack_policy_batch(batch, objective, rows_multiple_of=multiple))
-
-
-def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of a rollout's updates: means over them; skipped updates summed; and the gap
-    between sampler and scorer at the first one, before the policy has moved."""
-    if not updates:
-        return {"policy/updates": 0}
-    means = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
-    means |= {name: updates[0][name] for name in ("logprob_gap_max", "logprob_gap_mean")}
-    means["update_skipped"] = np.sum([values["update_skipped"] for values in updates])
-    named = {name if "/" in name else f"policy/{name}": value for name, value in means.items()}
-    return {"policy/updates": len(updates)} | named
-
-
-def minibatches(config: Config, batch: PolicyBatch) -> list[PolicyBatch]:
-    """The batches of a rollout's updates: `epochs` passes over `minibatches` slices of groups."""
-    n = config.rl.minibatches
-    if n == 1:  # not all that belongs to a whole batch has rows
-        return [batch] * config.rl.epochs
-    slices = [
-        jax.tree.map(lambda x, i=i: x[i * len(x) // n : (i + 1) * len(x) // n], batch)
-        for i in range(n)
-    ]
-    return slices * config.rl.epochs
-
-
 def step_truth(
     task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
 ) -> jax.Array | None:
@@ -509,7 +563,7 @@ def truths(
 
     def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
         texts = [sample.text for _, sample in rows]
-        is_right = functools.partial(evaluate.is_right, task)
+        is_right = partial(evaluate.is_right, task)
         return in_threads(is_right, [problem for problem, _ in rows], texts)
 
     return processes.share(list(zip(problems, samples, strict=True)), grade)
@@ -525,97 +579,6 @@ def truth_metrics(right: Sequence[bool | None], judged: Judged) -> dict[str, flo
     if any(judgement.called for judgement in judged.judgements):
         metrics |= disagreement(judged.judgements, np.array(known, bool))
     return metrics
-
-
-def needs_reference_policy(config: Config) -> bool:
-    return config.rl.advantage in NEEDS_PROCESS_REWARDS or config.rl.objective.kl_coefficient > 0
-
-
-def compiled_step(model_config: Any, settings: str) -> Any:
-    """One compiled policy step per setting and mesh in scope, shared by all runs of a process."""
-    return _compiled_step(model_config, settings, spread.mesh())
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_step(model_config: Any, settings: str, _: Mesh | None) -> Any:
-    values = json.loads(settings)
-    step = functools.partial(
-        policy_step,
-        model_config=model_config,
-        optimizer=optimizer.make(values["optimizer"]),
-        objective=Objective(**values["objective"]),
-        accumulation_steps=values["accumulation_steps"],
-        advantage_function=_advantage_function(*values["made_in_step"])
-        if values["made_in_step"]
-        else None,
-    )
-    return jax.jit(spread.kept_in_place(step, model_config), donate_argnums=0)
-
-
-@functools.lru_cache(maxsize=16)
-def compiled_score(model_config: Any, parts: int) -> Any:
-    """Log-probs of responses under a fixed policy, compiled; a part of the rows at a time, and
-    whole on every device."""
-
-    def score(params: Any, *arrays: Any) -> Any:
-        def logprobs(rows: Any) -> Any:
-            return response_logprobs_and_entropy(params, model_config, *rows)[0]
-
-        return sharding.constrain(in_micro_batches(logprobs, arrays, parts), (None, None))
-
-    return jax.jit(score)
-
-
-def score_parts(config: Config) -> int:
-    """In how many parts the rows of a rollout are scored: as many rows at a time as an update has,
-    where the mesh in scope divides these."""
-    rl = config.rl
-    rows = rl.prompts_per_step * rl.group_size
-    return math.gcd(rl.minibatches * rl.accumulation_steps, rows // sharding.batch_shards())
-
-
-@functools.lru_cache(maxsize=16)
-def compiled_advantage(name: str, options: str) -> Any:
-    return jax.jit(_advantage_function(name, options))
-
-
-def _advantage_function(name: str, options: str) -> Any:
-    """A `policy.AdvantageFunction` of (AdvantageInputs, whether the policy is the reference)."""
-    given = json.loads(options)
-
-    def make(policy_logprobs: Any, made_of: tuple[AdvantageInputs, Any]) -> Any:
-        inputs, unmoved = made_of
-        if inputs.ref_logprobs is not None:
-            policy_logprobs = jnp.where(unmoved, inputs.ref_logprobs, policy_logprobs)
-        inputs = dataclasses.replace(inputs, policy_logprobs=policy_logprobs)
-        advantages = ADVANTAGES[name](inputs, **given)
-        metrics = {"advantage/mean_absolute": jnp.abs(advantages).sum() / inputs.mask.sum()}
-        if name in NEEDS_PROCESS_REWARDS:
-            metrics |= _process_metrics(inputs, given.get("beta"))
-        return advantages, metrics
-
-    return make
-
-
-def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, Any]:
-    """Size of the masked step advantage; whether process rewards agree with step verdicts."""
-    given = {} if beta is None else {"beta": beta}
-    returns = cumulative_process_reward(
-        inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **given
-    )
-    msa = masked_step(returns, inputs.mask, inputs.group_size)
-    steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
-    metrics = {
-        "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
-        "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
-    }
-    if inputs.step_truth is not None:
-        metrics["spro/process_reward_auc_truth"] = process_reward_auc(steps, inputs.step_truth)
-    return metrics
-
-
-def _advantage_options(config: Config) -> str:
-    return json.dumps(launch.given(config.rl.advantage_options))
 
 
 def _reward_model(config: Config, task: tasks.Task) -> tuple[TextModel | None, tasks.Task]:
@@ -655,13 +618,6 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
     return other.params
 
 
-def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:
-    prompts = (rollout.prompt_tokens, rollout.prompt_mask)
-    tokens, mask = (jnp.repeat(x, config.rl.group_size, axis=0) for x in prompts)
-    arrays = (tokens, mask, rollout.tokens, rollout.mask)
-    return compiled_score(model_config, score_parts(config))(params, *spread.rows(arrays))
-
-
 def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
     """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
     sides = {"": "estimate", "_low": "low", "_high": "high"}
@@ -673,44 +629,19 @@ def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
-    low, high = config.rl.filter_low, config.rl.filter_high
-    if low is None and high is None:
-        return jnp.ones(len(rewards), bool)
-    low, high = 0.0 if low is None else low, 1.0 if high is None else high
-    return dynamic_sampling_mask(rewards, config.rl.group_size, low=low, high=high)
-
-
-def update_settings(config: Config) -> dict[str, Any]:
-    """What the compiled update depends on, as JSON values."""
-    updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
-    return {
-        "optimizer": {**config.rl.optimizer.to_dict(), "total_steps": updates},
-        "objective": launch.objective_fields(config),
-        "accumulation_steps": config.rl.accumulation_steps,
-        "made_in_step": [config.rl.advantage, _advantage_options(config)]
-        if made_in_step(config)
-        else None,
-    }
-
-
-def make_optimizer(config: Config) -> Any:
-    return optimizer.make(update_settings(config)["optimizer"])
-
-
 def _key(config: Config) -> jax.Array:
     return jax.random.key(config.seed)
 
 
-def _write_samples(
-    path: Path, problems: Sequence[Problem], samples: Sequence[SampledText], rewards: np.ndarray
-) -> None:
+def _write_samples(path: Path, graded: Graded) -> None:
     """The responses of a rollout with their rewards, one JSON line each."""
     with path.open("w") as file:
-        for problem, sample, reward in zip(problems, samples, rewards, strict=True):
+        for problem, sample, reward in zip(
+            graded.problems, graded.samples, graded.rewards, strict=True
+        ):
             row = {"problem": problem.id, "response": sample.text, "reward": float(reward)}
             file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_rl)
+    launch.main(run, launch.check_rl, unit="rollouts")

@@ -16,14 +16,14 @@ import numpy as np
 
 from spark_jax.parallel import processes
 
-_RESERVED = ("step", "wall_time", "cpu_time", "non_finite")
+_RESERVED = ("step", "wall_time", "cpu_time", "seconds", "non_finite")
 
 
 class MetricsWriter:
     """Appends to `<directory>/metrics.jsonl` and, unless told not to, to TensorBoard event files.
 
     A row is one JSON object: `step`; `wall_time` and `cpu_time`, seconds spent in this run, summed
-    over resumptions; and one float a metric. JSON has no NaN or infinity: such a value is written
+    over resumptions; `seconds`, where it is given; and one float a metric. JSON has no NaN or infinity: such a value is written
     as null and named in the row's `non_finite`; `read_metrics` puts it back. Several rows may share
     a step. Use as a context manager, or call `close`. Of several processes only the first writes.
     """
@@ -58,8 +58,13 @@ class MetricsWriter:
         self._reopen(kept)
         return len(lines) - len(kept)
 
-    def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def scalars(
+        self, step: int, metrics: Mapping[str, Any], *, seconds: Mapping[str, float] | None = None
+    ) -> None:
         """Writes one row; values are Python, NumPy or JAX scalars, and become floats.
+
+        `seconds` is what parts of the step took, and rates made of that: like the clocks it is of
+        the machine, no two runs agree on it, and so it has a column of its own.
 
         Raises:
           ValueError: a value is not a scalar, or a metric is named like a column of our own.
@@ -74,12 +79,15 @@ class MetricsWriter:
             "cpu_time": time.process_time() - self._cpu_origin,
             **{name: None if name in non_finite else v for name, v in values.items()},
         }
+        if seconds:
+            row["seconds"] = dict(seconds)
         if non_finite:
             row["non_finite"] = non_finite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._with_tensorboard:
-            for name, value in values.items():
+            timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
+            for name, value in (values | timed).items():
                 self._tensorboard().add_scalar(name, value, int(step))
 
     def histogram(self, step: int, name: str, values: Any) -> None:
