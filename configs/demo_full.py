@@ -6,11 +6,14 @@
         --config.study.parts="('stage1', 'stage2')"
 
 Resumable, run by run: started again it goes on where it stopped, and runs that are done are read,
-not repeated. Writes `study.json`, `study.md` and `plots/` after every part. About two CPU-hours.
+not repeated. Writes `study.json`, `study.md` and `plots/` after every part. About two CPU-hours
+(an estimate, not yet measured).
 
-An arm of RL is named fields of `config.rl`, and which reward model it asks: `reward_model` is one
-of `prm_cot/<method>`, `prm/<method>`, `orm/<method>` or `weak`. Arms of a part are compared with
-its `baseline`; those in `study.headline` run with all seeds, the others with the first two.
+An arm of RL is named fields of `config.rl`, and three of the study's own: `reward_model`, which it
+asks, is one of `prm_cot/<method>`, `prm/<method>`, `orm/<method>` or `weak`; `reference_updates` is
+of which verifier it takes π_ref; `baseline` is the arm that it is compared with, of its part or as
+`<part>/<arm>`, else `study.baselines` says which. Those in `study.headline` run with all seeds, the
+others with the first two.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +31,11 @@ METHODS = (
     "reference_guided",
 )
 NO_CHECKS: tuple[str, ...] = ()
+BETA, RATE = 0.05, 5e-4  # the demo's
+BETAS, RATES = (0.05, 0.2, 0.5, 1.0), (2.5e-4, 5e-4, 1e-3)
+FAR = (1e-3, 1.0)  # learning rate and β at which SPRO collapses
+VERIFIER_UPDATES = (100, 200, 400, 700)
+WEAK, EARLY = 200, 700  # of them: whose votes make the weak reward model; another π_ref
 CHECKS = ("one_boxed", "one_answer_block", "nothing_after_answer")
 
 
@@ -64,8 +72,11 @@ def formats() -> dict[str, object]:
     long = dict(reward="process_aware_outcome", steps=40, evaluate_every=10)
     arms: dict[str, object] = {}
     for name, model in (("good", OURS), ("weak", "weak")):
-        arms[f"{name}_all_checks"] = long | dict(reward_model=model)
-        arms[f"{name}_no_checks"] = long | dict(reward_model=model, format_checks=NO_CHECKS)
+        checked = f"{name}_all_checks"
+        arms[checked] = long | dict(reward_model=model)
+        arms[f"{name}_no_checks"] = long | dict(
+            reward_model=model, format_checks=NO_CHECKS, baseline=checked
+        )
     for check in CHECKS:
         others = tuple(c for c in CHECKS if c != check)
         arms[f"good_without_{check}"] = long | dict(format_checks=others)
@@ -73,14 +84,15 @@ def formats() -> dict[str, object]:
     return arms
 
 
+def ruled(advantage: str, options: dict[str, object] | None = None, **rl: object) -> ConfigDict:
+    """An arm whose reward is the truth."""
+    return ConfigDict(
+        dict(reward="rule_based", advantage=advantage, advantage_options=options or {}, **rl)
+    )
+
+
 def spro() -> dict[str, object]:
-    """SPRO against other advantages, its sweep, its variants, and what we tried on its collapse."""
-
-    def ruled(advantage: str, options: dict[str, object] | None = None, **rl: object) -> ConfigDict:
-        return ConfigDict(
-            dict(reward="rule_based", advantage=advantage, advantage_options=options or {}, **rl)
-        )
-
+    """SPRO against other advantages, its variants, its sweep, and what we tried on its collapse."""
     arms: dict[str, object] = {
         "grpo": ruled("grpo"),
         "spro": ruled("spro"),
@@ -88,29 +100,83 @@ def spro() -> dict[str, object]:
         "reinforce++": ruled("reinforce++"),
         "reinforce++_baseline": ruled("reinforce++", dict(group_baseline=True)),
         "dr_grpo": ruled("dr_grpo", objective=dict(aggregation="sequence_sum_const")),
-        "dapo": ruled("grpo", filter_low=0.0, filter_high=1.0, objective=dict(clip_high=0.28)),
-        "gspo": ruled("grpo", objective=dict(importance="sequence")),
-        "prime": ruled("prime"),
-        "spro_pool": ruled("spro", dict(baseline="pool")),
-        "spro_steps": ruled("spro", dict(granularity="step")),
-        "spro_outcome_half": ruled("spro", dict(outcome_weight=0.5)),
-        "spro_outcome_0": ruled("spro", dict(outcome_weight=0.0)),
-        "spro_filter": ruled("spro", filter_low=0.2, filter_high=0.8),
+        # PRIME's equation for the advantage; no implicit reward model is trained, the policy is it.
+        "prime_own_implicit_reward": ruled("prime"),
         "grpo_filter": ruled("grpo", filter_low=0.2, filter_high=0.8),
+        "spro_filter": ruled("spro", filter_low=0.2, filter_high=0.8, baseline="grpo_filter"),
     }
-    for rate in (2.5e-4, 5e-4, 1e-3):
-        for beta in (0.05, 0.2, 0.5, 1.0):
-            if (beta, rate) != (0.05, 5e-4):  # which is the arm "spro"
-                name = f"spro_beta{beta:g}_lr{rate:g}".replace(".", "_")
-                arms[name] = ruled("spro", dict(beta=beta), optimizer=dict(learning_rate=rate))
-        if rate != 5e-4:
-            name = f"grpo_lr{rate:g}".replace(".", "_")
-            arms[name] = ruled("grpo", optimizer=dict(learning_rate=rate))
-    far = dict(optimizer=dict(learning_rate=1e-3))  # where it collapses without
-    arms["far_clipped"] = ruled("spro", dict(beta=1.0, return_clip=0.5), **far)
-    arms["far_standardised"] = ruled("spro", dict(beta=1.0, process_std=0.1), **far)
-    arms["far_moving_reference"] = ruled("spro", dict(beta=1.0), reference_decay=0.8, **far)
+    return arms | off_policy() | spro_variants() | spro_sweep()
+
+
+def off_policy() -> dict[str, object]:
+    """Four updates per rollout: with one, every ratio is 1 and no clip ever acts."""
+    gspo = dict(  # its paper's: arXiv 2507.18071, section 5.1
+        importance="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4
+    )
+    dapo = dict(clip_high=0.28)
+    return {
+        "grpo_4": ruled("grpo", minibatches=4),
+        "gspo_4": ruled("grpo", minibatches=4, objective=gspo, baseline="grpo_4"),
+        "dapo_4": ruled(
+            "grpo", minibatches=4, objective=dapo, filter_low=0.0, filter_high=1.0,
+            baseline="grpo_4",
+        ),
+    }  # fmt: skip
+
+
+def spro_variants() -> dict[str, object]:
+    """Each differs from "spro" in one thing."""
+    return {
+        "spro_pool": ruled("spro", dict(baseline="pool"), baseline="spro"),
+        "spro_steps": ruled("spro", dict(granularity="step"), baseline="spro"),
+        "spro_outcome_half": ruled("spro", dict(outcome_weight=0.5), baseline="spro"),
+        "spro_outcome_0": ruled("spro", dict(outcome_weight=0.0), baseline="spro"),
+        "spro_moving_reference": ruled("spro", reference_decay=0.8, baseline="spro"),
+        "spro_early_reference": ruled("spro", reference_updates=EARLY, baseline="spro"),
+        "spro_judged": dict(
+            reward="process_aware_outcome", advantage="spro", baseline="rewards/outcome_grpo"
+        ),
+    }
+
+
+def swept(rate: float, beta: float | None = None) -> str:
+    """The arm of that learning rate: SPRO with that β, or GRPO."""
+    if rate == RATE and beta in (None, BETA):
+        return "grpo" if beta is None else "spro"
+    name = f"grpo_lr{rate:g}" if beta is None else f"spro_beta{beta:g}_lr{rate:g}"
+    return name.replace(".", "_")
+
+
+def spro_sweep() -> dict[str, object]:
+    """β × learning rate, each against GRPO of that learning rate; and where SPRO collapses, what we
+    tried against it."""
+    arms: dict[str, object] = {}
+    for rate in RATES:
+        grpo = swept(rate)
+        arms[grpo] = ruled("grpo", optimizer=dict(learning_rate=rate))
+        for beta in BETAS:
+            arms[swept(rate, beta)] = ruled(
+                "spro", dict(beta=beta), optimizer=dict(learning_rate=rate), baseline=grpo
+            )
+    for name in (swept(RATE), swept(RATE, BETA)):
+        del arms[name]  # "grpo" and "spro"
+    far = dict(optimizer=dict(learning_rate=FAR[0]), baseline=swept(*FAR))
+    arms["far_clipped"] = ruled("spro", dict(beta=FAR[1], return_clip=0.5), **far)
+    arms["far_standardised"] = ruled("spro", dict(beta=FAR[1], process_std=0.1), **far)
+    arms["far_moving_reference"] = ruled("spro", dict(beta=FAR[1]), reference_decay=0.8, **far)
     return arms
+
+
+def pictures() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Part → picture → arms that it shows by step and by token, besides the part's own picture."""
+    groups = {
+        f"lr{rate:g}".replace(".", "_"): (swept(rate), *(swept(rate, beta) for beta in BETAS))
+        for rate in RATES
+    }
+    groups["far"] = (swept(*FAR), "far_clipped", "far_standardised", "far_moving_reference")
+    groups["variants"] = ("spro", *spro_variants())
+    groups["off_policy"] = ("grpo", *off_policy())
+    return {"spro": groups}
 
 
 def get_config() -> ConfigDict:
@@ -134,18 +200,19 @@ def get_config() -> ConfigDict:
                 "outcome_global_step",
                 "grpo",
                 "spro",
-                "prime",
+                "prime_own_implicit_reward",
             ),
-            # A verifier sees the fewer errors the colder it is sampled: from below one half, where
-            # voting makes it worse, to what the demo uses and beyond.
-            verifier_temperatures=(0.05, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3),
-            weak_temperature=0.05,  # whose votes make the weak reward model
+            # The base verifies after 1500 updates. After fewer it sees fewer errors: from below one
+            # half, where voting makes it worse, to above.
+            verifier_updates=VERIFIER_UPDATES,
+            weak_updates=WEAK,
             problem_counts=(8, 16, 32, 64, 128),
             kinds=("orm", "prm", "prm_cot"),
             reward_model=OURS,
             baselines=ConfigDict(
                 dict(rewards="rule_based", formats="good_all_checks", spro="grpo")
             ),
+            pictures=ConfigDict(pictures()),
             arms=ConfigDict(
                 {
                     part: ConfigDict(make())

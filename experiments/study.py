@@ -19,10 +19,19 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm, train_rl
+from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
+from spark_jax.experiments import (
+    evaluate,
+    generate_verifications,
+    launch,
+    pretrain,
+    train_prm,
+    train_rl,
+)
 from spark_jax.experiments.launch import Config
 from spark_jax.experiments.pipeline import base_as_reward_model
-from spark_jax.experiments.progress import Job, Jobs, bars
+from spark_jax.experiments.progress import Job, Jobs, OnProgress, bars
+from spark_jax.models import checkpoints
 from spark_jax.reports import full_study, plots
 from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
 
@@ -58,13 +67,13 @@ def write(config: Config, path: Path) -> dict[str, Any]:
 
 
 def stage1(config: Config, path: Path) -> list[Job]:
-    """All methods; votes of verifiers sampled colder and hotter; fewer and fewer problems."""
+    """All methods; votes of verifiers that have learned for longer and longer; fewer and fewer
+    problems."""
     study = config.study
     jobs = [_stage1_job(config, path / "stage1", seed) for seed in study.seeds]
-    for temperature in study.verifier_temperatures:
-        changes = {"verify.temperature": temperature, "verify.methods": VOTING}
-        folder = path / "verifier" / f"temperature_{temperature:g}"
-        jobs += [_stage1_job(config, folder, seed, changes) for seed in fewer(config)]
+    for updates in study.verifier_updates:
+        for seed in fewer(config):
+            jobs.append(_early_verifier_job(config, path, seed, updates))
     for number in study.problem_counts:
         changes = {"generate.num_problems": number, "verify.methods": ("step_consistency",)}
         folder = path / "problems" / str(number)
@@ -82,13 +91,13 @@ def stage2(config: Config, path: Path) -> list[Job]:
     ]
     for kind in study.kinds:
         for method in config.verify.methods:
-            for seed in study.seeds if kind == "prm_cot" else fewer(config):
+            for seed in model_seeds(config, f"{kind}/{method}"):
                 data = path / "stage1" / f"seed{seed}"
                 folder = path / "prm" / kind / method
                 jobs.append(_prm_job(config, folder, seed, kind, method, data))
     by_size = {path / "problems" / str(n): path / "prm_by_problems" / str(n) for n in
                study.problem_counts}  # fmt: skip
-    weak = path / "verifier" / f"temperature_{study.weak_temperature:g}"
+    weak = path / "verifier" / f"updates_{study.weak_updates}"
     for source, folder in {**by_size, weak: path / "prm" / "weak"}.items():
         for seed in fewer(config):
             data = source / f"seed{seed}"
@@ -114,18 +123,38 @@ def arms(part: str) -> Callable[[Config, Path], list[Job]]:
 
 
 def arm_config(config: Config, arm: Config, seed: int, path: Path) -> Config:
-    """`config` with the arm's fields of `rl`, nested ones too, and its reward model."""
-    fields = {name: value for name, value in _flat(arm).items() if name != "reward_model"}
+    """`config` with the arm's fields of `rl`, nested ones too, and its models."""
+    fields = {name: value for name, value in _flat(arm).items() if name not in NOT_OF_RL}
     changes = {"seed": seed, **{f"rl.{name}": value for name, value in fields.items()}}
-    if fields["reward"] in REWARDS_THAT_JUDGE:
-        asked = arm.get("reward_model") or config.study.reward_model
+    if (updates := arm.get("reference_updates")) is not None:
+        changes["rl.reference_model"] = str(early_model(path, seed, updates))
+    if (asked := asked_model(config, arm)) is not None:
         changes["rl.reward_model"] = str(path / "prm" / asked / f"seed{seed}" / "model")
         changes["prm.kind"] = "prm_cot" if asked == WEAK else asked.split("/")[0]
     return launch.changed(config, changes)
 
 
+def asked_model(config: Config, arm: Config) -> str | None:
+    """The arm's reward model by its name in the study, None where its reward asks none."""
+    if arm.reward not in REWARDS_THAT_JUDGE:
+        return None
+    return arm.get("reward_model") or config.study.reward_model
+
+
+def model_seeds(config: Config, asked: str) -> Sequence[int]:
+    """Those for which stage II makes a reward model."""
+    return config.study.seeds if asked.startswith("prm_cot/") else fewer(config)
+
+
 def arm_seeds(config: Config, name: str) -> Sequence[int]:
     return config.study.seeds if name in config.study.headline else fewer(config)
+
+
+def baselines(config: Config, part: str) -> dict[str, str]:
+    """Arm → what it is compared with: its own `baseline`, or the part's, which has none itself."""
+    default = config.study.baselines[part]
+    named = {name: arm.get("baseline") or default for name, arm in config.study.arms[part].items()}
+    return {name: baseline for name, baseline in named.items() if baseline != name}
 
 
 def fewer(config: Config) -> Sequence[int]:
@@ -139,7 +168,8 @@ def outline(config: Config) -> full_study.Outline:
         seeds=tuple(study.seeds),
         fewer=tuple(fewer(config)),
         num_samples=config.verify.samples_per_solution,
-        temperatures=tuple(study.verifier_temperatures),
+        verifier_updates=tuple(study.verifier_updates),
+        weak_updates=study.weak_updates,
         problem_counts=tuple(study.problem_counts),
         kinds=tuple(study.kinds),
         methods=tuple(config.verify.methods),
@@ -147,7 +177,8 @@ def outline(config: Config) -> full_study.Outline:
             part: {name: tuple(arm_seeds(config, name)) for name in sorted(made)}
             for part, made in study.arms.items()
         },
-        baselines=study.baselines.to_dict(),
+        baselines={part: baselines(config, part) for part in study.arms},
+        pictures={part: groups.to_dict() for part, groups in study.pictures.items()},
     )
 
 
@@ -159,28 +190,55 @@ def check(config: Config) -> None:
             raise launch.ConfigError(f"study.parts={part!r} is unknown; have {sorted(PARTS)}")
     if len(study.seeds) < FEWER:
         raise launch.ConfigError(f"study.seeds={study.seeds}: an interval needs at least {FEWER}")
-    if study.weak_temperature not in study.verifier_temperatures:
+    if study.weak_updates not in study.verifier_updates:
         raise launch.ConfigError(
-            f"study.weak_temperature={study.weak_temperature} is not among "
-            f"study.verifier_temperatures={study.verifier_temperatures}"
+            f"study.weak_updates={study.weak_updates} is not among "
+            f"study.verifier_updates={tuple(study.verifier_updates)}"
         )
     launch.check_stage1(config)
     for kind in study.kinds:
         launch.check_prm(launch.changed(config, {"prm.kind": kind}))
-    for part, baseline in study.baselines.items():
-        if baseline not in study.arms[part]:
-            raise launch.ConfigError(f"study.baselines.{part}={baseline!r} is no arm of that part")
-    for made in study.arms.values():
+    for part in (*study.arms, *study.baselines, *study.pictures):
+        if part not in study.arms or part not in PARTS:
+            have = sorted(set(study.arms) & set(PARTS))
+            raise launch.ConfigError(f"{part!r} is no part of study.arms; have {have}")
+        if part not in study.baselines:
+            raise launch.ConfigError(f"study.baselines has no entry for study.arms.{part}")
+    for part, made in study.arms.items():
+        _check_named(config, f"study.baselines.{part}", part, [study.baselines[part]])
+        for group, names in study.pictures.get(part, {}).items():
+            _check_named(config, f"study.pictures.{part}.{group}", part, names)
         for name, arm in made.items():
+            if arm.get("baseline"):
+                _check_named(config, f"arm {name!r}: baseline", part, [arm.baseline])
             _check_arm(config, name, arm)
+
+
+def _check_named(config: Config, field: str, part: str, names: Sequence[str]) -> None:
+    """Names of arms: of the part, or `<part>/<arm>`."""
+    for name in names:
+        of, _, arm = name.rpartition("/")
+        if arm not in config.study.arms.get(of or part, {}):
+            raise launch.ConfigError(f"{field}={name!r} is no arm of that part")
 
 
 def _check_arm(config: Config, name: str, arm: Config) -> None:
     study = config.study
-    have = [f"{kind}/{method}" for kind in study.kinds for method in config.verify.methods]
-    asked = arm.get("reward_model") or study.reward_model
-    if asked not in (WEAK, *have):
-        raise launch.ConfigError(f"arm {name!r}: reward_model={asked!r}; have {[WEAK, *have]}")
+    have = [WEAK, *(f"{kind}/{method}" for kind in study.kinds for method in config.verify.methods)]
+    asked = asked_model(config, arm)
+    if asked is not None and asked not in have:
+        raise launch.ConfigError(f"arm {name!r}: reward_model={asked!r}; have {have}")
+    seeds = arm_seeds(config, name)
+    if asked is not None and not set(seeds) <= set(model_seeds(config, asked)):
+        raise launch.ConfigError(
+            f"arm {name!r} is in study.headline, so it runs with seeds {tuple(seeds)}, but "
+            f"reward_model={asked!r} is made for {tuple(model_seeds(config, asked))} only"
+        )
+    if arm.get("reference_updates") not in (None, *study.verifier_updates):
+        raise launch.ConfigError(
+            f"arm {name!r}: reference_updates={arm.reference_updates} is not among "
+            f"study.verifier_updates={tuple(study.verifier_updates)}"
+        )
     try:
         launch.check_rl(arm_config(config, arm, seed=0, path=Path()))
     except (launch.ConfigError, KeyError) as error:
@@ -192,6 +250,33 @@ def _stage1_job(
 ) -> Job:
     changed = launch.changed(config, {"seed": seed, **(changes or {})})
     return generate_verifications.run, changed, folder / f"seed{seed}"
+
+
+def _early_verifier_job(config: Config, path: Path, seed: int, updates: int) -> Job:
+    """The base's solutions, verified by a model pretrained for `updates` alone, which is made
+    first."""
+    model = early_model(path, seed, updates)
+    changes = {"verify.model": str(model), "verify.methods": VOTING}
+    _, changed, folder = _stage1_job(config, model.parent, seed, changes)
+
+    def run(config: Config, path: Path, on_progress: OnProgress) -> Any:
+        make_early_model(model, seed, updates)
+        return generate_verifications.run(config, path, on_progress)
+
+    return run, changed, folder
+
+
+def early_model(path: Path, seed: int, updates: int) -> Path:
+    return path / "verifier" / f"updates_{updates}" / f"model{seed}"
+
+
+def make_early_model(path: Path, seed: int, updates: int) -> None:
+    """The base's pretraining, of fewer updates and of this seed."""
+    if (path / "config.json").is_file():  # which is written last
+        return
+    settings = pretrain.PretrainSettings(steps=updates)
+    params, config = pretrain.pretrain(settings, seed=seed)
+    checkpoints.save_hf(path, params, config, load_tokenizer())
 
 
 def _prm_job(config: Config, folder: Path, seed: int, kind: str, method: str, data: Path) -> Job:
@@ -211,6 +296,7 @@ def _flat(section: Config, prefix: str = "") -> dict[str, Any]:
 
 
 WEAK = "weak"
+NOT_OF_RL = ("reward_model", "reference_updates", "baseline")  # fields of an arm for the study
 TITLES = {
     "stage1": "Stage I: verifications",
     "stage2": "Stage II: reward models",

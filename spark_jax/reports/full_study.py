@@ -7,6 +7,7 @@ there yet are left out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from spark_jax.data import tasks
+from spark_jax.data.records import Solution, Verification, VerifiedSolution, read_jsonl
 from spark_jax.evaluation.intervals import paired_permutation_test
 from spark_jax.reports import study
 from spark_jax.reports.benchmarks import Table, markdown
 from spark_jax.reports.tables import MISSING, interval, verdict
+from spark_jax.training.metrics import read_metrics
+from spark_jax.verification.report import sampled_detection
 
 STAGE2_METRICS = (
     "f1",
@@ -32,25 +37,32 @@ STAGE2_METRICS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """Which runs a study consists of; `arms` is part → arm → seeds, `baselines` part → arm."""
+    """Which runs a study consists of.
+
+    `arms` is part → arm → seeds; `baselines` part → arm → the arm it is compared with, of the part
+    or `<part>/<arm>`, the part's own baseline having none; `pictures` part → picture → arms.
+    """
 
     seeds: tuple[int, ...]
     fewer: tuple[int, ...]
     num_samples: int
-    temperatures: tuple[float, ...]
+    verifier_updates: tuple[int, ...]
+    weak_updates: int
     problem_counts: tuple[int, ...]
     kinds: tuple[str, ...]
     methods: tuple[str, ...]
     arms: Mapping[str, Mapping[str, tuple[int, ...]]]
-    baselines: Mapping[str, str]
+    baselines: Mapping[str, Mapping[str, str]]
+    pictures: Mapping[str, Mapping[str, Sequence[str]]]
 
 
 def collect(path: Path, outline: Outline) -> dict[str, Any]:
     """The record of the study in the folder `path`, JSON values.
 
-    Keys: `seeds`; `stage1` (method → N → metric); `verifier` (a row a temperature: how many wrong
-    steps single verifications detect, and the step accuracy of one and of a vote); `stage2` (kind →
-    method → metric), `problems` (number → metric); `rl` (part → arm → scores, see `_arm`).
+    Keys: `seeds`; `stage1` (method → N → metric); `verifier` (a row a verifier: how many wrong
+    steps one verification detects and how many a vote, and the step accuracy of both); `stage2`
+    (kind → method → metric), `problems` (number → metric); `rl` (part → arm → scores, see `_arm`);
+    `pictures` (as in the outline).
     """
     first = _summaries(path / "stage1", outline.seeds)
     return {
@@ -58,9 +70,9 @@ def collect(path: Path, outline: Outline) -> dict[str, Any]:
         "num_samples": outline.num_samples,
         "stage1": study.stage1_scores(first, outline.num_samples) if first else {},
         "verifier": [
-            {"temperature": t, **_verifier(found)}
-            for t in outline.temperatures
-            if (found := _summaries(path / "verifier" / f"temperature_{t:g}", outline.fewer))
+            {"updates": updates, **_verifier(folders)}
+            for updates, folders in _verifiers(path, outline).items()
+            if folders
         ],
         "stage2": _stage2(path / "prm", outline),
         "problems": {
@@ -69,9 +81,11 @@ def collect(path: Path, outline: Outline) -> dict[str, Any]:
             if (found := _summaries(path / "prm_by_problems" / str(number), outline.fewer))
         },
         "rl": {
-            part: scores
-            for part, made in outline.arms.items()
-            if (scores := _part(path / "rl" / part, made, outline.baselines[part]))
+            part: scores for part in outline.arms if (scores := _part(path / "rl", part, outline))
+        },
+        "pictures": {
+            part: {name: list(arms) for name, arms in groups.items()}
+            for part, groups in outline.pictures.items()
         },
     }
 
@@ -94,33 +108,80 @@ def tables(found: Mapping[str, Any]) -> Iterable[Table]:
     for part, arms in found["rl"].items():
         yield _accuracy_table(part, arms)
         yield _behaviour_table(part, arms)
+        if any(PROCESS_REWARD_AUC["truth"] in scores["curves"] for scores in arms.values()):
+            yield _process_reward_table(part, arms)
+        yield _monitor_table(part, arms)
 
 
-def _verifier(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How good single verifications are, and what a vote over all of them makes of that."""
-
-    def over(method: str, metric: str) -> dict[str, Any]:
-        return study.over_seeds([s["methods"][method][metric] for s in summaries])
-
-    single, voted = (
-        [s["methods"][method]["step_accuracy"] for s in summaries]
-        for method in ("single", "step_consistency")
-    )
-    return {
-        "detection": over("single", "detection_rate"),
-        "false_alarm": over("single", "false_alarm_rate"),
-        "validity": over("single", "validity_rate"),
-        "single": study.over_seeds(single),
-        "voted": study.over_seeds(voted),
-        "gain": study.over_seeds([b - a for a, b in zip(single, voted, strict=True)]),
+def _verifiers(path: Path, outline: Outline) -> dict[int | str, list[Path]]:
+    """Updates that a verifier learned for → its finished runs; last the base, of stage I itself."""
+    early: dict[int | str, list[Path]] = {
+        updates: _finished(path / "verifier" / f"updates_{updates}", outline.fewer)
+        for updates in sorted(outline.verifier_updates)
     }
+    return {**early, "base": _finished(path / "stage1", outline.seeds)}
+
+
+def _verifier(folders: Sequence[Path]) -> dict[str, Any]:
+    """How good single verifications are, and what a vote over all of them makes of that."""
+    summaries = [_read(folder / "summary.json") for folder in folders]
+    by_vote = [_voted_detection(folder) for folder in folders]
+    one = [summary["methods"]["single"] for summary in summaries]
+    vote = [summary["methods"]["step_consistency"] for summary in summaries]
+
+    def both(name: str, ones: Sequence[Any], votes: Sequence[Any]) -> dict[str, Any]:
+        return {
+            name: study.over_seeds(ones),
+            f"voted_{name}": study.over_seeds(votes),
+            f"{name}_gain": study.over_seeds(_differences(votes, ones)),
+        }
+
+    return {
+        "validity": study.over_seeds([scores["validity_rate"] for scores in one]),
+        **{
+            name: value
+            for short, metric in (("detection", "detection_rate"), ("doubt", "false_alarm_rate"))
+            for name, value in both(
+                short, [s[metric] for s in one], [found[metric] for found in by_vote]
+            ).items()
+        },
+        **both("accuracy", *([s["step_accuracy"] for s in scores] for scores in (one, vote))),
+    }
+
+
+@functools.cache
+def _voted_detection(folder: Path) -> dict[str, Any]:
+    """`sampled_detection` of the step verdicts that a finished stage I run's votes arrive at."""
+    config = _read(folder / "config.json")
+    task = tasks.load(config["task"], tasks.TaskOptions(**config["task_options"]))
+    problems = task.problems(config["generate"]["num_problems"], config["seed"], "train")
+    solutions = read_jsonl(folder / "solutions.jsonl", Solution)
+    labelled = {
+        (solution.problem_id, solution.index): solution
+        for solution in tasks.with_labels(task, problems, solutions)
+    }
+    votes = [
+        ((Verification("", item.voted_verdicts, overall=True),), labelled[key])
+        for record in read_jsonl(folder / "verified.jsonl", VerifiedSolution)
+        if (key := (record.problem_id, record.solution_index)) in labelled
+        for item in record.aggregated
+        if item.method == "step_consistency" and item.voted_verdicts is not None
+    ]
+    return sampled_detection(votes)
+
+
+def _differences(first: Sequence[Any], second: Sequence[Any]) -> list[float | None]:
+    """Seed by seed; missing where either is."""
+    pairs = [(study.finite(a), study.finite(b)) for a, b in zip(first, second, strict=True)]
+    return [None if a is None or b is None else a - b for a, b in pairs]
 
 
 def _stage2(path: Path, outline: Outline) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for name, seeds in (("base", outline.seeds), ("weak", outline.fewer)):
+    weak = f"a verifier of {outline.weak_updates} updates"
+    for name, source, seeds in (("base", "", outline.seeds), ("weak", weak, outline.fewer)):
         if found := _summaries(path / name, seeds):
-            made[name] = {"": _reward_model(found)}
+            made[name] = {source: _reward_model(found)}
     for kind in outline.kinds:
         seeds = outline.seeds if kind == "prm_cot" else outline.fewer
         rows = {
@@ -144,47 +205,107 @@ def _reward_model(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _part(path: Path, arms: Mapping[str, Sequence[int]], baseline: str) -> dict[str, Any]:
-    """Arm → scores, the baseline first, for the arms of which every seed has finished."""
+def _part(path: Path, part: str, outline: Outline) -> dict[str, Any]:
+    """Arm → scores, what is nobody's but others' baseline first, for the arms of which every seed
+    has finished."""
+    baselines = outline.baselines[part]
     runs = {
-        arm: [path / arm / f"seed{seed}" for seed in seeds]
-        for arm, seeds in arms.items()
-        if len(_summaries(path / arm, seeds)) == len(seeds)
+        arm: found
+        for arm, seeds in outline.arms[part].items()
+        if len(found := _finished(path / part / arm, seeds)) == len(seeds)
     }
-    order = sorted(runs, key=lambda arm: arm != baseline)
-    against = runs.get(baseline)
-    return {arm: _arm(runs[arm], None if arm == baseline else against) for arm in order}
+
+    def baseline(arm: str) -> tuple[str, list[Path]] | None:
+        if (name := baselines.get(arm)) is None:
+            return None
+        of, _, against = name.rpartition("/")
+        of = of or part
+        return name, _finished(path / of / against, outline.arms[of][against])
+
+    order = sorted(runs, key=lambda arm: arm in baselines)
+    return {arm: _arm(runs[arm], baseline(arm)) for arm in order}
 
 
-def _arm(folders: Sequence[Path], baseline: Sequence[Path] | None) -> dict[str, Any]:
-    """What `study.arm_scores` says; the best accuracy on the way; and, seed by seed, the difference
-    from the baseline's accuracy at the end with `p_value`, a paired permutation test over all the
-    problems of the seeds that both have (the problems of a seed are the same for all arms)."""
+def _arm(folders: Sequence[Path], baseline: tuple[str, list[Path]] | None) -> dict[str, Any]:
+    """What `study.arm_scores` says, and the best accuracy on the way; `clipped`, the share of
+    tokens whose ratio is clipped; what the monitor saw, seed by seed (`_watched`); and, of an arm
+    with a baseline, its name as `baseline` and `_against` it."""
     scores = study.arm_scores(folders)
     accuracy = scores["curves"].get("eval/accuracy", {"values": [[] for _ in folders]})["values"]
     best = [max((v for v in one if v is not None), default=None) for one in accuracy]
     scores["best"] = study.over_seeds(best)
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    scores["clipped"] = study.over_seeds([_clipped(one) for one in rows])
+    scores["watched"] = [_watched(folder, one) for folder, one in zip(folders, rows, strict=True)]
     if baseline is not None:
-        pairs = list(zip(folders, baseline, strict=False))
-        shares = [[_shares(folder) for folder in pair] for pair in pairs]
-        differences = [float(np.mean(one - two)) for one, two in shares]
-        ours, theirs = (np.concatenate([pair[i] for pair in shares]) for i in (0, 1))
-        scores["difference"] = study.over_seeds(differences)
-        scores["p_value"] = paired_permutation_test(ours, theirs)
+        scores["baseline"] = baseline[0]
+        scores |= _against(folders, baseline[1])
     return scores
+
+
+def _against(folders: Sequence[Path], baseline: Sequence[Path]) -> dict[str, Any]:
+    """`difference` from the baseline's accuracy at the end, seed by seed, with `p_value`, a paired
+    permutation test over all the problems of the seeds that both have (the problems of a seed are
+    the same for all arms). Nothing without such a seed."""
+    theirs = {folder.name: folder for folder in baseline}
+    pairs = [
+        (_shares(folder), _shares(theirs[folder.name]))
+        for folder in folders
+        if folder.name in theirs
+    ]
+    if not pairs:
+        return {}
+    first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return {
+        "difference": study.over_seeds([float(np.mean(one - two)) for one, two in pairs]),
+        "p_value": paired_permutation_test(first, second),
+    }
+
+
+def _clipped(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean over the steps of a run; a step's is over its updates."""
+    names = ("policy/clip_fraction_low", "policy/clip_fraction_high")
+    shares = [sum(row[name] for name in names) for row in rows if names[0] in row]
+    return float(np.mean(shares)) if shares else None
+
+
+def _watched(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one run: `alarms`, pattern → the first step at which the monitor gave it; and `fell`, None
+    or the evaluation at which accuracy on held-out problems had first fallen by `FALL` below its
+    maximum so far (`seen`), and the one before (`after`): it fell in between."""
+    alarms = {a["pattern"]: a["first_step"] for a in _read(folder / "summary.json")["alarms"]}
+    series = [
+        (row["step"], accuracy)
+        for row in rows
+        if (accuracy := study.finite(row.get("eval/accuracy"))) is not None
+    ]
+    best = np.maximum.accumulate([accuracy for _, accuracy in series])
+    for i, (step, accuracy) in enumerate(series):
+        if best[i] - accuracy > FALL - 1e-9:
+            return {"alarms": alarms, "fell": {"after": series[i - 1][0], "seen": step}}
+    return {"alarms": alarms, "fell": None}
 
 
 def _shares(folder: Path) -> np.ndarray:
     """Share of right responses to each evaluation problem, in the problems' order."""
-    found = json.loads((folder / "summary.json").read_text())["evaluation"]
+    found = _read(folder / "summary.json")["evaluation"]
     order = np.argsort(found["problem_ids"])
     return np.array(found["correct_per_problem"], float)[order]
 
 
 def _summaries(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Those of the finished runs among the seeds."""
-    files = [folder / f"seed{seed}" / "summary.json" for seed in seeds]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [_read(run / "summary.json") for run in _finished(folder, seeds)]
+
+
+def _finished(folder: Path, seeds: Sequence[int]) -> list[Path]:
+    """The folders of the finished runs among the seeds."""
+    runs = [folder / f"seed{seed}" for seed in seeds]
+    return [run for run in runs if (run / "summary.json").is_file()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def _stage1_table(found: Mapping[str, Any]) -> Table:
@@ -194,25 +315,35 @@ def _stage1_table(found: Mapping[str, Any]) -> Table:
         for n, scores in by_count.items()
     ]
     columns = ("method", "N", "step accuracy", "overall accuracy", "derived accuracy")
-    notes = ("Derived: the overall verdict taken to be Yes where every step is judged correct.",)
+    notes = (
+        "Derived: the overall verdict taken to be Yes where every step is judged correct.",
+        f"Methods with a critique are at N = {found['num_samples']} only: fewer samples choose "
+        "another verification, and its critique would have to be sampled anew.",
+    )
     return Table("Stage I: verifications against the truth", columns, tuple(rows), notes)
 
 
 def _verifier_table(found: Mapping[str, Any]) -> Table:
-    rows = [
-        (
-            f"{row['temperature']:g}",
-            *(interval(row[name], 3) for name in ("detection", "false_alarm", "validity")),
-            *(interval(row[name], 3) for name in ("single", "voted", "gain")),
-        )
-        for row in sorted(found["verifier"], key=lambda row: row["temperature"])
+    names = [
+        f"{prefix}{name}"
+        for name in ("detection", "doubt", "accuracy")
+        for prefix in ("", "voted_")
     ]
-    columns = ("temperature", "detects", "doubts", "readable", "one", "vote", "vote − one")
+    rows = [
+        (str(row["updates"]), *(interval(row[name], 3) for name in ("validity", *names)))
+        for row in found["verifier"]
+    ]
+    columns = ("updates", "readable", "detects", "detects, vote", "doubts", "doubts, vote")
     return Table(
-        f"Stage I: step accuracy of one verification and of a vote over {found['num_samples']}",
-        columns,
+        f"Stage I: one verification and a vote over {found['num_samples']}, by verifier",
+        (*columns, "step accuracy", "step accuracy, vote"),
         tuple(rows),
-        ("Detects, doubts: share of wrong, of right steps that one verification marks incorrect.",),
+        (
+            "Updates: of the verifier's pretraining, with the study's seeds; solutions are the "
+            "base's, who is the last verifier.",
+            "Detects, doubts: share of wrong, of right steps that are marked incorrect. Where one "
+            "verification detects less than half of the wrong steps, a vote detects fewer still.",
+        ),
     )
 
 
@@ -245,21 +376,29 @@ def _accuracy_table(part: str, arms: Mapping[str, Any]) -> Table:
             interval(scores["before"], 3),
             interval(scores["after"], 3),
             interval(scores["best"], 3),
+            scores.get("baseline", MISSING),
             interval(scores["difference"], 3) if "difference" in scores else MISSING,
             verdict(scores["difference"]) if "difference" in scores else MISSING,
             f"{scores['p_value']:.3g}" if "p_value" in scores else MISSING,
         )
         for arm, scores in arms.items()
     ]
-    baseline = next(iter(arms))
-    columns = ("arm", "seeds", "before", "after", "best", f"− {baseline}", "over seeds", "p")
+    columns = ("arm", "seeds", "before", "after", "best", "against", "difference", "over seeds")
     notes = (
         "p: paired permutation test over the evaluation problems of these very policies; the "
-        "interval is over seeds, which is what a claim about the method needs.",
+        "interval is over the seeds that arm and baseline share, which is what a claim about the "
+        "method needs.",
+        *(note for arm, note in ARM_NOTES.items() if arm in arms),
     )
-    return Table(f"RL, {part}: accuracy on held-out problems", columns, tuple(rows), notes)
+    return Table(f"RL, {part}: accuracy on held-out problems", (*columns, "p"), tuple(rows), notes)
 
 
+ARM_NOTES = {
+    "prime_own_implicit_reward": "prime_own_implicit_reward: PRIME's formula for the advantage on "
+    "the policy's own implicit reward, log π - log π_ref; no implicit reward model is trained.",
+    "grpo_4": "grpo_4, gspo_4, dapo_4: four updates per rollout; with one, as in all other arms, "
+    "every ratio is 1, and neither ratios nor clips do anything.",
+}
 BEHAVIOUR = {
     "tokens": "eval/response_length",
     "steps": "hacking/steps_per_response",
@@ -269,26 +408,119 @@ BEHAVIOUR = {
     "reward": "reward/mean",
     "true accuracy": "truth/accuracy",
     "abs MSA": "spro/msa_mean_absolute",
-    "AUC of CPR": "spro/process_reward_auc_truth",
 }
+PROCESS_REWARD_AUC = {
+    "truth": "spro/process_reward_auc_truth",
+    "verdicts": "spro/process_reward_auc_verdicts",
+}
+FALL = 0.05  # of held-out accuracy below its maximum
 
 
 def _behaviour_table(part: str, arms: Mapping[str, Any]) -> Table:
     rows = [
-        (arm, *(_last(scores["curves"], metric) for metric in BEHAVIOUR.values()))
+        (
+            arm,
+            *(_last(scores["curves"], metric) for metric in BEHAVIOUR.values()),
+            _short(scores["clipped"]["estimate"]),
+        )
         for arm, scores in arms.items()
     ]
     notes = (
         "Reward and true accuracy are of the last rollout: a reward far above the accuracy is "
-        "hacked. AUC of CPR: does the process reward of a step tell right steps from wrong ones?",
+        "hacked. Clipped: share of tokens whose ratio was clipped, mean over the steps.",
     )
-    return Table(f"RL, {part}: what the policies do", ("arm", *BEHAVIOUR), tuple(rows), notes)
+    columns = ("arm", *BEHAVIOUR, "clipped")
+    return Table(f"RL, {part}: what the policies do", columns, tuple(rows), notes)
+
+
+def _process_reward_table(part: str, arms: Mapping[str, Any]) -> Table:
+    rows = [
+        (arm, *(cell for metric in PROCESS_REWARD_AUC.values() for cell in _course(found, metric)))
+        for arm, scores in arms.items()
+        if PROCESS_REWARD_AUC["truth"] in (found := scores["curves"])
+    ]
+    columns = [
+        f"{of}, {when}"
+        for of in PROCESS_REWARD_AUC
+        for when in ("mean over steps", "first", "last")
+    ]
+    notes = (
+        "Area under the curve: how often a right step has a greater cumulative process reward than "
+        "a wrong one, by the truth and by the reward model's verdicts; 0.5 is chance. First and "
+        "last: means of a quarter of the steps each. Arms without a reward model have no verdicts.",
+    )
+    title = f"RL, {part}: do process rewards tell right steps from wrong ones?"
+    return Table(title, ("arm", *columns), tuple(rows), notes)
+
+
+def _course(curves: Mapping[str, Any], metric: str) -> tuple[str, str, str]:
+    """A metric's mean over the steps of a run, over the first quarter of them, and the last."""
+    values = curves.get(metric, {"values": []})["values"]
+
+    def over(part: slice) -> str:
+        means = [[value for value in one[part] if value is not None] for one in values]
+        return interval(study.over_seeds([np.mean(one) if one else None for one in means]), 3)
+
+    quarter = max(1, len(values[0]) // 4) if values else 1
+    return over(slice(None)), over(slice(quarter)), over(slice(-quarter, None))
+
+
+def _monitor_table(part: str, arms: Mapping[str, Any]) -> Table:
+    """The runs whose accuracy fell, or that the monitor gave an alarm for."""
+    runs = [
+        (arm, i, run) for arm, scores in arms.items() for i, run in enumerate(scores["watched"])
+    ]
+    shown = [(arm, i, run) for arm, i, run in runs if run["fell"] or run["alarms"]]
+    rows = [(arm, str(i + 1), *_fall_and_alarms(run)) for arm, i, run in shown]
+    fallen = [run for _, _, run in runs if run["fell"]]
+    others = [run for _, _, run in runs if not run["fell"]]
+    when = [_when(run) for run in fallen]
+    notes = (
+        f"Fell: held-out accuracy was {FALL:g} or more below its maximum so far, for the first "
+        "time; it did so between these two evaluations. Lead: from the first alarm to the second "
+        "of them.",
+        f"{len(fallen)} of {len(runs)} runs fell; there was an alarm before in "
+        f"{when.count('before')}, between the two evaluations in {when.count('meanwhile')}, later "
+        f"in {when.count('after')}, never in {when.count('never')}. Of the "
+        f"{len(others)} that did not fall, {sum(bool(run['alarms']) for run in others)} had one "
+        "too: false, unless the reward had left the truth before accuracy could.",
+    )
+    columns = ("arm", "run", "fell", "first alarm", "lead", "when", "first steps of all alarms")
+    title = f"RL, {part}: did the monitor see it before the accuracy fell?"
+    return Table(title, columns, tuple(rows), notes)
+
+
+def _fall_and_alarms(run: Mapping[str, Any]) -> tuple[str, ...]:
+    alarms, fell = run["alarms"], run["fell"]
+    first = min(alarms.values(), default=None)
+    return (
+        f"{fell['after']} to {fell['seen']}" if fell else MISSING,
+        MISSING if first is None else str(first),
+        str(fell["seen"] - first) if fell and first is not None else MISSING,
+        _when(run),
+        ", ".join(f"{name.replace('_', ' ')} {step}" for name, step in alarms.items()) or MISSING,
+    )
+
+
+def _when(run: Mapping[str, Any]) -> str:
+    """The first alarm, seen from the fall."""
+    first, fell = min(run["alarms"].values(), default=None), run["fell"]
+    if first is None:
+        return "never"
+    if fell is None:
+        return "no fall"
+    if first <= fell["after"]:
+        return "before"
+    return "meanwhile" if first <= fell["seen"] else "after"
 
 
 def _last(curves: Mapping[str, Any], metric: str) -> str:
     if metric not in curves:
         return MISSING
-    value = study.over_seeds([series[-1] for series in curves[metric]["values"]])["estimate"]
+    return _short(study.over_seeds([series[-1] for series in curves[metric]["values"]])["estimate"])
+
+
+def _short(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
 
 

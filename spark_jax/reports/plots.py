@@ -30,6 +30,12 @@ BY_STEP = {
     "response/length": "response tokens",
     "policy/entropy": "entropy (nats)",
 }
+STUDY_BY_STEP = {
+    "policy/entropy": "entropy (nats)",
+    "spro/msa_mean_absolute": "mean |MSA|",
+    "spro/process_reward_auc_truth": "AUC of process rewards, truth",
+    "spro/process_reward_auc_verdicts": "AUC of process rewards, verdicts",
+}
 # Panels of a single run: title → metrics. A name that ends in "/" stands for all that begin so.
 RUN_PANELS = {
     "reward": ("reward/mean",),
@@ -73,9 +79,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_study(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The plots of a full study's record (`full_study.collect`): stages I and II, and a picture for
-    each part of stage III: accuracy at the end, and by step and by generated token for the arms
-    that have most seeds."""
+    """The plots of a full study's record (`full_study.collect`): stages I and II; a picture for
+    each part of stage III; and one for each group of arms under `pictures`."""
     early: list[Panel] = []
     if found["stage1"]:
         early.append(
@@ -87,17 +92,46 @@ def draw_study(found: Mapping[str, Any], folder: Path) -> list[Path]:
         early.append(partial(_by_problems, problems=found["problems"]))
     made = [_save(early, len(early), folder / "stages.png")] if early else []
     for part, arms in found["rl"].items():
-        most = max(scores["after"]["num_seeds"] for scores in arms.values())
-        lines = {arm: s for arm, s in arms.items() if s["after"]["num_seeds"] == most}
-        panels: list[Panel] = [
-            partial(_stage3, arms=arms),
-            partial(_by_step, arms=lines, metric="eval/accuracy", label="accuracy, held-out"),
-            partial(_by_token, arms=lines),
-        ]
-        legend = f"{most} seeds", list(lines)
-        size = (max(5.0, 0.28 * len(arms)), 4.6)
-        made.append(_save(panels, 3, folder / f"{part}.png", size=size, legend=legend))
+        made.append(_draw_part(arms, folder / f"{part}.png"))
+        for name, chosen_arms in found["pictures"].get(part, {}).items():
+            if shown := {arm: arms[arm] for arm in chosen_arms if arm in arms}:
+                made.append(_draw_arms(shown, folder / f"{part}_{name}.png"))
     return made
+
+
+def _draw_part(arms: Mapping[str, Any], path: Path) -> Path:
+    """Accuracy of all arms at the end; by step and by token of those that have most seeds."""
+    most = max(scores["after"]["num_seeds"] for scores in arms.values())
+    lines = {arm: s for arm, s in arms.items() if s["after"]["num_seeds"] == most}
+    panels: list[Panel] = [
+        partial(_stage3, arms=arms),
+        partial(_by_step, arms=lines, metric="eval/accuracy", label="accuracy, held-out"),
+        partial(_by_token, arms=lines),
+    ]
+    size = (max(5.0, 0.28 * len(arms)), 4.6)
+    return _save(panels, 3, path, size=size, legend=(_over_seeds(lines), list(lines)))
+
+
+def _draw_arms(arms: Mapping[str, Any], path: Path) -> Path:
+    """A few arms: accuracy by step and by token, and what else they have of `STUDY_BY_STEP`."""
+    had = {metric for scores in arms.values() for metric in scores["curves"]}
+    panels: list[Panel] = [
+        partial(_by_step, arms=arms, metric="eval/accuracy", label="accuracy, held-out"),
+        partial(_by_token, arms=arms),
+        *(
+            partial(_by_step, arms=arms, metric=metric, label=label)
+            for metric, label in STUDY_BY_STEP.items()
+            if metric in had
+        ),
+    ]
+    return _save(panels, 3, path, legend=(_over_seeds(arms), list(arms)))
+
+
+def _over_seeds(arms: Mapping[str, Any]) -> str:
+    """The title of a legend: "3 seeds", "2 to 3 seeds"."""
+    counts = {scores["after"]["num_seeds"] for scores in arms.values()}
+    fewest, most = min(counts), max(counts)
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
 def stage1_summary(
@@ -271,21 +305,24 @@ def _means(curve: Mapping[str, Any]) -> np.ndarray:
 
 
 def _threshold(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What a vote adds to step accuracy, by how many wrong steps one verification detects."""
+    """How many wrong steps a vote detects, by how many one verification of the verifier does."""
     rows = sorted(rows, key=lambda row: row["detection"]["estimate"] or 0.0)
-    x = [row["detection"]["estimate"] for row in rows]
-    estimates, low, high = _bounds([row["gain"] for row in rows])
-    axes.axhline(0, color="gray", linewidth=0.8)
+    x, left, right = _bounds([row["detection"] for row in rows])
+    y, low, high = _bounds([row["voted_detection"] for row in rows])
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     axes.axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
-    axes.plot(x, estimates, **_style(0))
-    axes.vlines(x, low, high, color=_style(0)["color"], alpha=0.6)
-    for where, y, row in zip(x, estimates, rows):
-        axes.annotate(f"T={row['temperature']:g}", (where, y), fontsize=7, xytext=(4, 4),
+    axes.plot(x, y, **_style(0))
+    axes.vlines(x, low, high, color=_style(0)["color"], alpha=0.4)
+    axes.hlines(y, left, right, color=_style(0)["color"], alpha=0.4)
+    for where, height, row in zip(x, y, rows):
+        axes.annotate(str(row["updates"]), (where, height), fontsize=7, xytext=(6, -8),
                       textcoords="offset points")  # fmt: skip
     axes.set(
-        title="Stage I: what a vote adds",
+        title="Stage I: votes by verifiers' updates",
         xlabel="wrong steps that one verification detects",
-        ylabel="step accuracy, vote - one",
+        ylabel="that a vote detects",
+        xlim=(0, 1),
+        ylim=(0, 1),
     )
 
 
