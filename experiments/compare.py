@@ -6,8 +6,10 @@
 
 Folders of `evaluate` (policy or benchmarks) or of `train_rl`, several of a run that was repeated
 with other seeds. Prints JSON: per benchmark the accuracy of each side, the difference with its 95 %
-interval, and for one run against one a p-value (paired permutation test). Runs with several seeds
-must share their evaluation problems (`evaluate` with one `seed` for all policies).
+interval, and a p-value where problems can be paired (paired permutation test); and which benchmarks
+only some of the folders have. Several seeds share their evaluation problems (`evaluate` with one
+`seed` for all policies), or each seed has its own (`train_rl`): then the folders are paired in the
+order given, and the interval is over seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from spark_jax.evaluation import intervals
 
 
 def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
-    """benchmark (or "evaluation") -> accuracies, difference, interval, and p-value.
+    """benchmark (or "evaluation") -> accuracies, difference, interval, and p-value; "left_out"
+    names the benchmarks that only some of the folders have.
 
     Raises:
         FileNotFoundError: a folder without a finished run.
@@ -36,7 +39,9 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
     names = [name for name in sides[0][0] if all(name in run for side in sides for run in side)]
     if not names:
         raise ValueError(f"{[*map(str, first), *map(str, second)]} have no benchmark in common")
-    return {name: difference(*([run[name] for run in side] for side in sides)) for name in names}
+    everything = {name for side in sides for run in side for name in run}
+    found = {name: difference(*([run[name] for run in side] for side in sides)) for name in names}
+    return found | ({"left_out": left_out} if (left_out := sorted(everything - {*names})) else {})
 
 
 def shares(path: Path) -> dict[str, dict[str, float]]:
@@ -65,12 +70,8 @@ def difference(
 ) -> dict[str, Any]:
     """mean(first) − mean(second), one dict of shares a run."""
     problems = sorted(first[0])
-    for run in (*first, *second):
-        if sorted(run) != problems:
-            raise ValueError(
-                "the runs were evaluated on different problems; evaluate all of them with the same "
-                "task, evaluate.num_problems and seed"
-            )
+    if any(sorted(run) != problems for run in (*first, *second)):
+        return difference_by_pairs(first, second)
     one, two = (np.array([[run[p] for p in problems] for run in side]) for side in (first, second))
     found = {
         "first": one.mean(axis=1).tolist(),
@@ -87,6 +88,29 @@ def difference(
     interval = intervals.paired_bootstrap_interval(one[0], two[0])
     p_value = intervals.paired_permutation_test(one[0], two[0])
     return found | {"difference": dataclasses.asdict(interval), "p_value": p_value}
+
+
+def difference_by_pairs(
+    first: Sequence[dict[str, float]], second: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """As `difference`, where only the runs of a pair share their problems."""
+    pairs = list(zip(first, second, strict=False))
+    if len(first) != len(second) or any(sorted(one) != sorted(two) for one, two in pairs):
+        raise ValueError(
+            "the runs were evaluated on different problems, and not the same ones in each pair of "
+            "folders either; evaluate all of them with the same task, evaluate.num_problems and "
+            "seed, or name the folders of both sides in the order of their seeds"
+        )
+    shares = [np.array([[one[p], two[p]] for p in sorted(one)]).T for one, two in pairs]
+    one, two = np.concatenate(shares, axis=1)
+    interval = intervals.t_interval(np.array([np.mean(a - b) for a, b in shares]))
+    return {
+        "first": [float(a.mean()) for a, _ in shares],
+        "second": [float(b.mean()) for _, b in shares],
+        "num_problems": [len(a) for a, _ in shares],
+        "difference": dataclasses.asdict(interval),
+        "p_value": intervals.paired_permutation_test(one, two),
+    }
 
 
 def main(_: Sequence[str]) -> None:

@@ -54,7 +54,7 @@ def advantage_inputs(
     judged: Judged,
     steps: np.ndarray,
 ) -> AdvantageInputs:
-    """All that an advantage may look at.
+    """All that an advantage may look at: of the groups that are kept, the others masked out.
 
     Where process rewards compare the policy with the reference, the scorer scores both: the
     sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up. The
@@ -68,7 +68,7 @@ def advantage_inputs(
             policy_logprobs = None if made_in_step(config) else score(params)
     return AdvantageInputs(
         rewards=jnp.asarray(rewards),
-        mask=rollout.mask,
+        mask=rollout.mask & _kept_groups(config, jnp.asarray(rewards))[:, None],
         group_size=config.rl.group_size,
         policy_logprobs=policy_logprobs,
         ref_logprobs=ref_logprobs,
@@ -83,12 +83,11 @@ def make_batch(
     """What the update needs, and metrics of rewards and advantages. `unmoved`: the policy still is
     the reference, so that no process reward differs from 0, whatever two passes round."""
     options = _advantage_options(config)
-    mask = rollout.mask & _kept_groups(config, inputs.rewards)[:, None]
     batch = PolicyBatch(
         prompt_tokens=jnp.repeat(rollout.prompt_tokens, config.rl.group_size, axis=0),
         prompt_mask=jnp.repeat(rollout.prompt_mask, config.rl.group_size, axis=0),
         tokens=rollout.tokens,
-        mask=mask,
+        mask=inputs.mask,
         old_logprobs=rollout.logprobs,
         advantages=None,
         ref_logprobs=inputs.ref_logprobs,
@@ -108,7 +107,7 @@ def make_batch(
         / config.rl.prompts_per_step,
         "response/length": rollout.mask.sum(axis=1).mean(),
         "response/finished": rollout.finished.mean(),
-        "response/trained_on": mask.any(axis=1).mean(),
+        "response/trained_on": inputs.mask.any(axis=1).mean(),
         "decode/slot_occupancy": rollout.slot_occupancy,
     }
     return batch, metrics
@@ -275,7 +274,7 @@ def _advantage_function(name: str, options: str) -> Any:
             policy_logprobs = jnp.where(unmoved, inputs.ref_logprobs, policy_logprobs)
         inputs = dataclasses.replace(inputs, policy_logprobs=policy_logprobs)
         advantages = ADVANTAGES[name](inputs, **given)
-        metrics = {"advantage/mean_absolute": jnp.abs(advantages).sum() / inputs.mask.sum()}
+        metrics = {"advantage/mean_absolute": _per_token(jnp.abs(advantages), inputs)}
         if name in NEEDS_PROCESS_REWARDS:
             metrics |= _process_metrics(inputs, given.get("beta"))
         return advantages, metrics
@@ -292,7 +291,7 @@ def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, A
     msa = masked_step(returns, inputs.mask, inputs.group_size)
     steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
     metrics = {
-        "spro/msa_mean_absolute": jnp.abs(msa).sum() / inputs.mask.sum(),
+        "spro/msa_mean_absolute": _per_token(jnp.abs(msa), inputs),
         "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
     }
     if inputs.step_truth is not None:
@@ -306,3 +305,8 @@ def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
         return jnp.ones(len(rewards), bool)
     low, high = 0.0 if low is None else low, 1.0 if high is None else high
     return dynamic_sampling_mask(rewards, config.rl.group_size, low=low, high=high)
+
+
+def _per_token(values: Any, inputs: AdvantageInputs) -> Any:
+    """Mean over the tokens trained on, 0 where there are none."""
+    return values.sum() / jnp.maximum(inputs.mask.sum(), 1)

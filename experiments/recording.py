@@ -108,13 +108,15 @@ def soft_verdicts(
 
 
 def soft_metrics(judged: Judged, soft: Sequence[float | None]) -> dict[str, float]:
-    """The mean soft score of the readable judgements, and how far their rate of Yes is above it;
-    {} without any."""
+    """The mean soft score of the readable judgements, and how far Yes is above it where the verdict
+    is Yes; {} without any."""
     pairs = [(j.overall, s) for j, s in zip(judged.judgements, soft) if s is not None]
     if not pairs:
         return {}
-    yes, scores = (float(np.mean(column)) for column in zip(*pairs))
-    return {monitor.SOFT_SCORE: scores, monitor.YES_ABOVE_SOFT: yes - scores}
+    metrics = {monitor.SOFT_SCORE: float(np.mean([score for _, score in pairs]))}
+    if of_yes := [score for overall, score in pairs if overall]:
+        metrics[monitor.YES_ABOVE_SOFT] = 1.0 - float(np.mean(of_yes))
+    return metrics
 
 
 def rollout_record(
@@ -142,6 +144,7 @@ def rollout_record(
     size = config.rl.group_size
     number = min(config.rl.record.problems, len(problems) // size)
     step_ids = np.asarray(inputs.step_ids)
+    trained: np.ndarray = np.any(np.asarray(inputs.mask), axis=1)
 
     def response(b: int) -> Response:
         judgement, text = judged.judgements[b], samples[b].text
@@ -152,7 +155,7 @@ def rollout_record(
             steps=tuple(step_ids[b, : len(tokens)].tolist()),
             finished=samples[b].finished,
             overall=judgement.overall if judgement.failure is None else None,
-            verdicts=tuple(1 if verdict else -1 for verdict in judgement.verdicts),
+            verdicts=tuple(judged.verdicts[b][: len(judgement.verdicts)].tolist()),
             verifications=_said(judgement, soft[b]),
             chosen={},
             reward=float(rewards[b]),
@@ -166,6 +169,7 @@ def rollout_record(
                 correct=correct[b],
                 usual_steps=usual_steps,
             ),
+            trained=bool(trained[b]),
             correct=correct[b],
             step_labels=labels,
         )

@@ -26,7 +26,7 @@ from spark_jax.reports.benchmarks import Table
 from spark_jax.reports.page import Page, Rollout
 from spark_jax.reports.rollouts import RolloutRecord
 from spark_jax.reports.runs import Run
-from spark_jax.reports.study import stage1_scores
+from spark_jax.reports.study import stage1_scores, stage2_scores
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +64,47 @@ def facts(found: Sequence[Run]) -> list[str]:
 
 
 def stage_tables(path: Path, found: Sequence[Run]) -> list[Table]:
-    """Those of a study or a pipeline that has come so far; else those of each stage I run."""
+    """Those of a study or a pipeline that has come so far; else one of each name of a stage I run,
+    and one of all reward models, over the seeds that have finished."""
     if (path / "study.json").exists():
         return list(full_study.tables(_json(path / "study.json")))
     if (path / "summary.json").exists() and "stage3" in (summary := _json(path / "summary.json")):
         return tables.stages(summary)
-    return [
+    finished = _by_name([run for run in found if (run.path / "summary.json").exists()])
+    made = [
         tables.stage1(
-            f"{run.name}: verifications against the truth",
-            stage1_scores([_json(run.path / "summary.json")], _samples(run)),
+            f"{name}: verifications against the truth ({_seeds(of)})",
+            stage1_scores([_json(run.path / "summary.json") for run in of], _samples(of[0])),
         )
-        for run in found
-        if run.is_stage1 and (run.path / "summary.json").exists()
+        for name, of in finished.items()
+        if of[0].is_stage1
     ]
+    judges = {
+        name: summaries
+        for name, of in finished.items()
+        if is_judge((summaries := [_json(run.path / "summary.json") for run in of])[0])
+    }
+    if judges:
+        scores = {name: stage2_scores(summaries) for name, summaries in judges.items()}
+        made.append(tables.stage2("Reward models on held-out solutions", scores))
+    return made
+
+
+def is_judge(summary: Mapping[str, Any]) -> bool:
+    """Whether it says how good a reward model is, alone or at the end of its training."""
+    return "overall_accuracy" in summary.get("held_out", summary)
+
+
+def _by_name(found: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs that differ in their seed alone."""
+    named: dict[str, list[Run]] = {}
+    for run in found:
+        named.setdefault("/".join(filter(None, (run.part, run.name))), []).append(run)
+    return named
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    return f"seed{'s' if len(runs) > 1 else ''} {', '.join(str(run.seed) for run in runs)}"
 
 
 def chosen_rollouts(found: Sequence[Run], max_rollouts: int) -> list[Rollout]:

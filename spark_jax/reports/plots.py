@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,18 @@ STUDY_BY_STEP = {
 RUN_PANELS = {
     "reward": ("reward/mean",),
     "accuracy": ("truth/accuracy", "eval/accuracy"),
+    "groups of equal rewards": ("reward/zero_variance_groups",),
     "response tokens": ("response/length", "eval/response_length"),
     "entropy (nats)": ("policy/entropy",),
     "loss": ("policy/loss", "train/loss"),
     "gradient norm": ("policy/grad_norm", "train/grad_norm"),
     "log-prob gap, sampler to scorer": ("policy/logprob_gap_max",),
+    "steps per response": ("hacking/steps_per_response", "eval/steps"),
     "shares of rollouts": ("format/", "hacking/"),
+    "reward model": ("reward_model/",),
+    "process rewards": ("spro/",),
 }
-NOT_A_SHARE = "hacking/steps_per_response"
+NOT_A_SHARE = "hacking/steps_per_response"  # though it begins like one
 
 _DRAWING = threading.Lock()  # matplotlib's caches of fonts and texts are not made for threads
 
@@ -164,9 +168,7 @@ def training_curves(metrics_path: Path, folder: Path) -> list[Path]:
     for title, wanted in RUN_PANELS.items():
         series = {
             name: [(row["step"], finite(row[name])) for row in rows if name in row]
-            for name in names
-            if name.startswith(tuple(w for w in wanted if w.endswith("/"))) or name in wanted
-            if name != NOT_A_SHARE
+            for name in chosen(names, wanted)
         }
         if series:
             panels.append(partial(_run_panel, title=title, series=series))
@@ -174,6 +176,16 @@ def training_curves(metrics_path: Path, folder: Path) -> list[Path]:
         return []
     columns = min(len(panels), 4)
     return [_save(panels, columns, folder / "training_curves.png", size=(3.6, 2.7))]
+
+
+def chosen(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """The metrics of a panel of `RUN_PANELS`."""
+    prefixes = tuple(name for name in wanted if name.endswith("/"))
+    return [
+        name
+        for name in names
+        if name in wanted or (name.startswith(prefixes) and name != NOT_A_SHARE)
+    ]
 
 
 def _save(

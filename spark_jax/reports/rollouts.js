@@ -31,7 +31,8 @@ const FILTERS = {
     "overall against its own steps": (r) =>
       r.overall !== null && r.verdicts.length > 0 && r.overall === r.verdicts.some((v) => v < 0),
     "a step against the truth": (r) => r.verdicts.some((_, step) => isMistaken(r, step)),
-    "verifications that differ": (r) => new Set(r.verifications.map((v) => v.overall)).size > 1,
+    "verifications that differ": (r) =>
+      new Set(r.verifications.map((v) => v.overall).filter((overall) => overall !== null)).size > 1,
   },
   alarms: { "with or without alarm": null, "any alarm": (response) => response.flags.length > 0 },
 };
@@ -56,6 +57,8 @@ function showRollouts(root, sources, load) {
     help(),
   );
 
+  // A menu that keeps the focus would take the keys that move between problems.
+  for (const one of Object.values(select)) one.addEventListener("change", () => one.blur());
   select.source.addEventListener("change", () => open(Number(select.source.value)));
   select.colour.addEventListener("change", () => {
     state.colour = select.colour.value;
@@ -126,6 +129,7 @@ function showRollouts(root, sources, load) {
       .map((group) => ({ group, rows: group.responses.map((r) => matches(r, group)) }))
       .filter(({ rows }) => rows.some(Boolean));
     state.position = 0;
+    state.all = false;
     drawList();
     drawProblem();
   }
@@ -388,6 +392,7 @@ function badges(response, index) {
   for (const [name, holds] of Object.entries(response.checks)) {
     made.push(badge(holds ? "check" : "bad check", `${holds ? "✓" : "✗"} ${words(name)}`, "format check"));
   }
+  if (!response.trained) made.push(badge("check", "not trained on", "its group was filtered out"));
   if (!response.finished) made.push(badge("bad", "✗ cut off", "ended by the token limit"));
   for (const flag of response.flags) made.push(badge("alarm", `⚠ ${words(flag)}`, "shows this pattern"));
   return made;

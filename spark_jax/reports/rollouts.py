@@ -63,6 +63,7 @@ class Response:
         reward: None where none was given.
         checks: format check → whether it holds.
         flags: patterns of `rewards.monitor` that the response shows.
+        trained: false where the update left its group out.
         correct: whether the answer is right; `step_labels` the truth of each step. None where
             unknown; nothing is trained on either.
     """
@@ -77,6 +78,7 @@ class Response:
     reward: float | None = None
     checks: dict[str, bool] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    trained: bool = True
     correct: bool | None = None
     step_labels: tuple[bool, ...] | None = None
 

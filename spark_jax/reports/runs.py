@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_jax.reports.page import Line, Panel, Section
-from spark_jax.reports.plots import NOT_A_SHARE, RUN_PANELS
+from spark_jax.reports.plots import RUN_PANELS, chosen
 from spark_jax.reports.study import finite, over_seeds
 from spark_jax.rewards import monitor
 from spark_jax.training.metrics import read_metrics
@@ -28,13 +28,13 @@ COMPARED = {
     "groups of equal rewards": "reward/zero_variance_groups",
     "reward model says Yes": "reward_model/yes",
     "CPR against verdicts (AUC)": "spro/process_reward_auc_verdicts",
+    "CPR against truth (AUC)": "spro/process_reward_auc_truth",
     "mean |MSA|": "spro/msa_mean_absolute",
     "log-prob gap, sampler to scorer": "policy/logprob_gap_max",
     "gradient norm": "policy/grad_norm",
     "loss": "train/loss",
 }
 WATCHED = {"monitor: above a threshold is an alarm": (monitor.PREFIX,)}
-NOT_DRAWN = (NOT_A_SHARE, f"{monitor.PREFIX}alarms")
 BOUNDS = ("_low", "_high")  # after a metric's name: the interval that the run itself gave
 
 
@@ -74,7 +74,7 @@ def find(root: Path) -> list[Run]:
 
     A run's name is its path with what names the seed taken out, such as `rl_spro` of
     `seed0/rl_spro` and `rl/spro/clipped` of `rl/spro/clipped/seed0`. Raises FileNotFoundError for a
-    folder without runs.
+    folder without runs. A folder of runs, such as a pipeline's, is none itself.
     """
     found = []
     for folder, below, files in os.walk(root):
@@ -90,7 +90,9 @@ def find(root: Path) -> list[Run]:
         raise FileNotFoundError(
             f"{root} holds no run: no config.json with a versions.json beside it, here or below"
         )
-    return sorted(found, key=lambda run: (run.part, run.name, run.seed))
+    holding = {parent for run in found for parent in run.path.parents}
+    runs = [run for run in found if run.metrics or run.is_stage1 or run.path not in holding]
+    return sorted(runs, key=lambda run: (run.part, run.name, run.seed))
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -135,14 +137,8 @@ def _own_panels(run: Run) -> Iterable[Panel]:
     """A panel for each group of metrics that belong together."""
     names = list(dict.fromkeys(name for row in run.metrics for name in row))
     for title, wanted in {**RUN_PANELS, **WATCHED}.items():
-        prefixes = tuple(name for name in wanted if name.endswith("/"))
-        chosen = [
-            name
-            for name in names
-            if (name in wanted or (prefixes and name.startswith(prefixes)))
-            and name not in NOT_DRAWN
-        ]
-        lines = [line for name in chosen if (line := _line(name, [run], name))]
+        shown = [name for name in chosen(names, wanted) if name != f"{monitor.PREFIX}alarms"]
+        lines = [line for name in shown if (line := _line(name, [run], name))]
         if lines:
             yield Panel(title, tuple(lines), _note([[run]], lines))
 
@@ -182,8 +178,10 @@ def _by_step(run: Run, metric: str) -> dict[int, float | None]:
 
 def _note(groups: Iterable[Sequence[Run]], lines: Sequence[Line]) -> str:
     """What the bands are."""
-    seeds = max(len(runs) for runs in groups)
-    if seeds > 1:
+    counts = {len(runs) for runs in groups}
+    fewest, most = min(counts), max(counts)
+    if most > 1:
+        seeds = str(most) if fewest == most else f"{fewest} to {most}"
         return f"mean, 95 % t-interval over {seeds} seeds"
     bounded = any(value is not None for line in lines for value in line.low)
     return "band: 95 % over problems" if bounded else ""

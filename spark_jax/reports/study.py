@@ -74,7 +74,7 @@ def collect(
         "task": stage1_config["task"],
         "stage1": stage1_scores(stage1, stage1_config["verify"]["samples_per_solution"]),
         "verifier": _verifier(stage1),
-        "stage2": {method: _stage2(summaries) for method, summaries in stage2.items()},
+        "stage2": {method: stage2_scores(summaries) for method, summaries in stage2.items()},
         "stage3": {arm: arm_scores(runs[arm]) for arm in _judged_first(runs)},
     }
     results["differences"] = _differences(results)
@@ -166,7 +166,7 @@ def _verifier(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _stage2(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stage2_scores(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """metric → estimate over seeds; a trained model's scores stand under `held_out`."""
     scores = [summary.get("held_out", summary) for summary in summaries]
     flat = [{**s, "overall_accuracy": s["overall_accuracy"]["estimate"]} for s in scores]

@@ -26,7 +26,9 @@ def stages(results: Mapping[str, Any]) -> list[Table]:
     found = (DERIVED, _detection(results["verifier"]), *margins, *results["verifier"]["warnings"])
     return [
         stage1(f"Stage I: verifications against the truth ({note})", results["stage1"], found),
-        _stage2(f"Stage II: reward models on held-out solutions ({note})", results, margins),
+        stage2(
+            f"Stage II: reward models on held-out solutions ({note})", results["stage2"], margins
+        ),
         _stage3(f"Stage III: accuracy on held-out problems ({note})", results),
         _claims(f"What shows in this world, and what does not ({note})", results["differences"],
                 (_reading(seeds),)),
@@ -92,10 +94,10 @@ def _detection(verifier: Mapping[str, Any]) -> str:
     return f"A single verification sees {found} of the wrong steps; voting needs more than 0.5."
 
 
-def _stage2(title: str, results: Mapping[str, Any], notes: tuple[str, ...]) -> Table:
+def stage2(title: str, methods: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Table:
     """Intervals for F1 and overall accuracy; of what F1 is made of, the estimates."""
     by_steps = {"f1": "F1", "error_acc": "error acc", "correct_acc": "correct acc"}
-    names = by_steps if stage2_metric(results["stage2"]) == "f1" else {}
+    names = by_steps if stage2_metric(methods) == "f1" else {}
     rows = [
         (
             method,
@@ -106,7 +108,7 @@ def _stage2(title: str, results: Mapping[str, Any], notes: tuple[str, ...]) -> T
                 for name in (*names, "overall_accuracy")
             ),
         )
-        for method, scores in results["stage2"].items()
+        for method, scores in methods.items()
     ]
     columns = ("targets from", *names.values(), "overall acc")
     return Table(title, columns, tuple(rows), notes)

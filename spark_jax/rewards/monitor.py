@@ -52,19 +52,21 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-    """A pattern that went above its threshold: at which steps first and last, and its peak."""
+    """A pattern that went above its threshold: at how many steps, the first and last of them, and
+    its peak."""
 
     pattern: str
     first_step: int
     last_step: int
+    num_steps: int
     peak: float
     threshold: float
 
     def __str__(self) -> str:
         steps = (
             f"step {self.first_step}"
-            if self.first_step == self.last_step
-            else f"steps {self.first_step} to {self.last_step}"
+            if self.num_steps == 1
+            else f"{self.num_steps} steps from {self.first_step} to {self.last_step}"
         )
         name = self.pattern.replace("_", " ")
         return f"{name} at {steps}: {self.peak:.3g} > {self.threshold:g} ({MEANING[self.pattern]})"
@@ -96,10 +98,12 @@ def solution_appending(rows: Sequence[Row], window: int) -> float | None:
 
 
 def verdict_gaming(rows: Sequence[Row], window: int) -> float | None:
-    """Rise of the reward model's rate of Yes over its own soft score, on the same judgements.
+    """Rise of the reward model's doubt in its own Yes: 1 less the mean soft score of what it says
+    Yes to.
 
-    A policy that finds what just tips the verdict moves the rate and not the score. Our reading:
-    single rows are compared, since soft scores are made at few steps and on many judgements.
+    A policy that finds what just tips the verdict raises the rate of Yes and not the score; one
+    that gets better raises both, and leaves the doubt as it was. Our reading: single rows are
+    compared, since soft scores are made at few steps and on many judgements.
     """
     return _rise_of(rows, YES_ABOVE_SOFT, 1)
 
@@ -132,7 +136,7 @@ MEANING = {
     "step_inflation": "more steps per response, and no accuracy to show for it",
     "step_reduction": "more responses with fewer steps than verdicts are worth",
     "solution_appending": "more responses go on after the answer",
-    "verdict_gaming": "the reward model says Yes more often than its own soft score warrants",
+    "verdict_gaming": "the reward model is less and less sure of its own Yes",
     "reward_above_truth": "the reward rose and the rollouts' accuracy did not follow",
     "reward_above_held_out": "the reward rose and held-out accuracy did not follow",
 }
@@ -169,7 +173,7 @@ def alarms(rows: Sequence[Row], thresholds: Thresholds) -> list[Alarm]:
         ]
         if above:
             steps, values = zip(*above)
-            found.append(Alarm(name, min(steps), max(steps), max(values), threshold))
+            found.append(Alarm(name, min(steps), max(steps), len(steps), max(values), threshold))
     return sorted(found, key=lambda alarm: alarm.first_step)
 
 

@@ -23,9 +23,10 @@ class MetricsWriter:
     """Appends to `<directory>/metrics.jsonl` and, unless told not to, to TensorBoard event files.
 
     A row is one JSON object: `step`; `wall_time` and `cpu_time`, seconds spent in this run, summed
-    over resumptions; `seconds`, where it is given; and one float a metric. JSON has no NaN or infinity: such a value is written
-    as null and named in the row's `non_finite`; `read_metrics` puts it back. Several rows may share
-    a step. Use as a context manager, or call `close`. Of several processes only the first writes.
+    over resumptions; `seconds`, where it is given; and one float a metric. JSON has no NaN or
+    infinity: such a value is written as null and named in the row's `non_finite`; `read_metrics`
+    puts it back. Several rows may share a step. Use as a context manager, or call `close`. Of
+    several processes only the first writes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool = True) -> None:

@@ -49,6 +49,35 @@ def test_several_seeds_widen_the_interval(tmp_path):
     assert "p_value" not in found
 
 
+def test_seeds_with_problems_of_their_own_are_paired_in_their_order(tmp_path):
+    """As `train_rl` leaves them; the order of a run's problems does not matter."""
+    ids = [[f"s{seed}-{i}" for i in range(10)] for seed in range(3)]
+    won = [1, 2, 3]
+    better = [
+        run_folder(tmp_path / f"a{s}", [1.0] * n + [0.0] * (10 - n), ids=ids[s])
+        for s, n in enumerate(won)
+    ]
+    worse = [run_folder(tmp_path / f"b{s}", [0.0] * 10, ids=ids[s][::-1]) for s in range(3)]
+    found = compare.compare(better, worse)["evaluation"]
+    assert found["first"] == pytest.approx([0.1, 0.2, 0.3])
+    assert found["difference"]["estimate"] == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / 3**0.5  # t of two degrees of freedom
+    assert found["difference"]["high"] == pytest.approx(0.2 + half, rel=1e-5)
+    assert found["p_value"] == pytest.approx(2 / 2**6)
+    with pytest.raises(ValueError, match="in the order of their seeds"):
+        compare.compare(better, worse[::-1])
+
+
+def test_what_only_some_have_is_named(tmp_path):
+    one = run_folder(tmp_path / "a", [1.0, 0.0], key="math500")
+    both = run_folder(tmp_path / "b", [1.0, 0.0], key="math500")
+    summary = json.loads((both / "summary.json").read_text())
+    summary["benchmarks"]["aime24"] = summary["benchmarks"]["math500"]
+    (both / "summary.json").write_text(json.dumps(summary))
+    assert compare.compare([one], [both])["left_out"] == ["aime24"]
+    assert "left_out" not in compare.compare([both], [both])
+
+
 def test_problems_without_a_reference_are_left_out_and_benchmarks_kept_apart(tmp_path):
     one = run_folder(tmp_path / "a", [1.0, None, 0.5], key="math500")
     found = compare.compare([one], [one])

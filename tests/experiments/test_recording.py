@@ -15,6 +15,8 @@ from spark_jax.experiments import launch, recording, report, train_rl
 from spark_jax.reports import rollouts
 from spark_jax.rewards import monitor
 from spark_jax.rewards.format import format_checks, valid_part
+from spark_jax.rewards.prm import Judged
+from spark_jax.rewards.records import Judgement
 from spark_jax.training.metrics import read_metrics
 
 
@@ -110,8 +112,9 @@ def test_monitor_and_soft_scores_are_metrics(spro):
             for said in response.verifications
             if said.failure is None
         ]
-        gap = np.mean([said.overall for said in judged]) - np.mean([s.soft_score for s in judged])
-        assert row[monitor.YES_ABOVE_SOFT] == pytest.approx(gap, abs=1e-6)
+        assert row[monitor.SOFT_SCORE] == pytest.approx(np.mean([s.soft_score for s in judged]))
+        doubt = 1 - np.mean([said.soft_score for said in judged if said.overall])
+        assert row[monitor.YES_ABOVE_SOFT] == pytest.approx(doubt, abs=1e-6)
     low, high = rows[0]["eval/accuracy_low"], rows[0]["eval/accuracy_high"]
     assert low <= rows[0]["eval/accuracy"] <= high
 
@@ -129,19 +132,51 @@ def test_a_run_without_reward_model_or_reference_shows_what_it_has(tiny, tmp_pat
     assert not recording.is_recorded(launch.changed(config, {"rl.record.problems": 0}), 1)
 
 
-def test_alarms_are_logged_and_in_the_summary(tiny, tmp_path, caplog):
-    """A threshold that rounding passes: any run trips it."""
-    changes = {"rl.reward": "random", "rl.monitor.step_inflation": 1e-12, "rl.steps": 4}
-    changes |= {"rl.monitor.window": 1, "rl.optimizer.learning_rate": 0.05, "rl.epochs": 3}
+def test_doubt_is_of_yes_alone():
+    """A reward model that is as sure as ever is not gamed by a policy that gets better."""
+
+    def metrics(yes, sure):
+        said = tuple(Judgement("prm_cot", 3, hit, (hit,) * 3) for hit in (True,) * yes + (False,))
+        n = len(said)
+        steps, kept = np.full(n, 3, np.int32), np.ones(n, bool)
+        judged = Judged(said, np.zeros((n, 3), np.int8), steps, kept, {})
+        return recording.soft_metrics(judged, [sure] * yes + [0.12])
+
+    assert metrics(4, 0.88)[monitor.YES_ABOVE_SOFT] == pytest.approx(0.12)
+    assert metrics(40, 0.88)[monitor.YES_ABOVE_SOFT] == pytest.approx(0.12)
+    assert metrics(40, 0.55)[monitor.YES_ABOVE_SOFT] == pytest.approx(0.45)
+    assert monitor.YES_ABOVE_SOFT not in metrics(0, 1.0)
+    assert metrics(0, 1.0)[monitor.SOFT_SCORE] == pytest.approx(0.12)
+
+
+def test_alarms_are_logged_and_in_the_summary(tiny, tmp_path, caplog, monkeypatch):
+    """Alarmed at steps 2 and 4 by a pattern that is made up, and said once."""
+    monkeypatch.setitem(monitor.PATTERNS, "step_inflation", lambda rows, _: len(rows) % 2 + 0.25)
+    changes = {"rl.reward": "random", "rl.steps": 4, "rl.monitor.step_inflation": 0.5}
     with caplog.at_level(logging.WARNING):
         summary = train_rl.run(launch.changed(tiny, changes), tmp_path)
-    found = [alarm["pattern"] for alarm in summary["alarms"]]
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert ("step_inflation" in found) == any(
-        row.get("monitor/step_inflation", 0) > 1e-12 for row in rows
-    )
-    said = [record.message for record in caplog.records if " at step" in record.message]
-    assert len(said) == len(found)
+    (found,) = [alarm for alarm in summary["alarms"] if alarm["pattern"] == "step_inflation"]
+    assert (found["first_step"], found["last_step"], found["num_steps"]) == (2, 4, 2)
+    assert found["peak"] == 1.25
+    said = [record.message for record in caplog.records if "step inflation" in record.message]
+    assert [message.partition(": ")[2][:26] for message in said] == ["step inflation at step 2: "]
+
+
+def test_groups_that_are_filtered_out_are_shown_as_not_trained_on(tiny, tmp_path):
+    """And have no advantage, while their process rewards are still there to be seen."""
+    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 2}
+    changes |= {"rl.filter_low": 0.0, "rl.filter_high": 1.0, "rl.optimizer.learning_rate": 1e-2}
+    train_rl.run(launch.changed(tiny, changes | {"rl.record.every": 1}), tmp_path)
+    seen = set()
+    for number in (1, 2):
+        record = step(tmp_path, number)
+        for group in record.groups:
+            equal = len({response.reward for response in group.responses}) == 1
+            assert {response.trained for response in group.responses} == {not equal}
+            seen.add(equal)
+        for response, values in zip(record.responses, record.split_values(), strict=True):
+            assert np.any(values["spro"]) == response.trained or number == 1
+    assert True in seen
 
 
 def test_a_resumed_run_has_the_same_records_and_monitor(tiny, tmp_path):

@@ -105,6 +105,25 @@ def test_a_folder_of_runs_makes_one_page(rl, browser, tmp_path):
         assert tab.locator(".panel").count() == 1
 
 
+def test_reward_models_have_a_table_over_their_seeds_and_a_folder_of_runs_is_no_run(tmp_path):
+    def finished(name, summary, seed=0):
+        folder = RunFolder.open(tmp_path / name, {"seed": seed, "task": "arithmetic_chains"})
+        folder.write_summary(summary)
+
+    def scores(accuracy):
+        return {"overall_accuracy": {"estimate": accuracy, "low": 0.0, "high": 1.0}}
+
+    finished("", {"stage": 1})  # as a pipeline's own that has not ended
+    finished("prm/seed0", {"held_out": scores(0.5), "num_examples": 3})
+    finished("prm/seed1", {"held_out": scores(0.7), "num_examples": 3}, seed=1)
+    finished("base", scores(0.25))
+    finished("policy", {"accuracy": {"estimate": 0.5, "low": 0.0, "high": 1.0}})
+    found = runs.find(tmp_path)
+    assert sorted({run.name for run in found}) == ["base", "policy", "prm"]
+    (table,) = report.stage_tables(tmp_path, found)
+    assert {row[0]: row[1][:5] for row in table.rows} == {"base": "0.250", "prm": "0.600"}
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         report.write(tmp_path)

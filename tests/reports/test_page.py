@@ -36,7 +36,7 @@ def file(made, tmp_path_factory):
             Section("RL", ("a", "b"), (Panel("reward", LINES), Panel("entropy", LINES[1:]))),
         ),
         tables=(TABLE,),
-        alarms={"a, seed 0": [Alarm("step_inflation", 3, 5, 0.5, 0.3)], "b": []},
+        alarms={"a, seed 0": [Alarm("step_inflation", 3, 5, 2, 0.5, 0.3)], "b": []},
         rollouts=(Rollout("a, step 1", record(groups=1)), Rollout("a, step 7", made)),
     )
     return page.write(tmp_path_factory.mktemp("page") / "page.html", whole)
@@ -206,6 +206,9 @@ def test_filters_together_and_the_rest_of_a_group(tab, made):
     assert tab.locator(".card").count() == 4
     tab.click("button.rest")
     assert tab.locator(".card").count() < 4
+    tab.click("button.rest")
+    choose(tab, "Reward", "any reward")
+    assert tab.locator(".card").count() < 4  # another choice, another problem: matches alone
 
 
 def test_kinds_without_a_response_cannot_be_chosen(browser, tmp_path):
@@ -224,6 +227,14 @@ def test_keys_move_between_problems_and_choose(tab):
         assert shown_problem(tab) == f"problem-{place}"
         assert f"{place + 1} / 4" in tab.inner_text(".move")
         assert tab.locator(".problems button[aria-current=true]").count() == 1
+    menu = tab.locator("select[aria-label='Reward']")
+    menu.focus()
+    menu.select_option("reward above 0")
+    menu.select_option("any reward")
+    tab.keyboard.press("ArrowRight")  # between problems, not in the menu that was used
+    assert shown_problem(tab) == "problem-1"
+    assert menu.input_value() == "any reward"
+    tab.keyboard.press("End")
     tab.keyboard.press("2")
     assert tab.input_value("select[aria-label='Colour tokens by']") == "selective"
     tab.keyboard.press("v")
@@ -243,8 +254,8 @@ def test_curves_tables_and_alarms(browser, file):
         assert tab.title() == tab.inner_text("h1") == "runs & <b>more</b>"
         assert tab.inner_text("#facts") == "two runs · seed 0"
         assert texts(tab, ".alarms li") == [
-            "⚠ a, seed 0: step inflation at steps 3 to 5: 0.5 > 0.3 (more steps per response, and "
-            "no accuracy to show for it)"
+            "⚠ a, seed 0: step inflation at 2 steps from 3 to 5: 0.5 > 0.3 (more steps per "
+            "response, and no accuracy to show for it)"
         ]
         assert tab.locator(".panel canvas").count() == 2
         assert texts(tab, ".panel h3") == ["reward", "entropy"]

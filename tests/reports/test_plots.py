@@ -161,11 +161,12 @@ def test_training_curves_have_a_panel_for_what_is_there(drawn, tmp_path):
     ]
     paths = plots.training_curves(metrics_file(tmp_path, rows), tmp_path)
     assert paths == [tmp_path / "training_curves.png"]
-    accuracy, loss, shares = drawn["training_curves"].axes
+    accuracy, loss, steps, shares = drawn["training_curves"].axes
     assert loss.get_title() == "policy/loss (1 not finite)"
     assert [list(values) for values in lines(loss)["policy/loss"]] == [[1, 3], [2.0, 1.0]]
     assert set(lines(accuracy)) == {"eval/accuracy", "truth/accuracy"}
     assert set(lines(shares)) == {"hacking/too_few_steps", "format/failed"}
+    assert set(lines(steps)) == {"hacking/steps_per_response"}
 
 
 def test_training_curves_of_a_reward_model(drawn, tmp_path):

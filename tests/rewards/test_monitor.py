@@ -68,6 +68,8 @@ def test_a_hacked_run_raises_its_alarm_and_no_other(pattern, seed):
     assert patterns(rows) == [pattern]
     (alarm,) = monitor.alarms(rows, monitor.Thresholds())
     assert 1 < alarm.first_step < alarm.last_step == STEPS
+    above = [row for row in rows if row.get(f"monitor/{pattern}", 0) > alarm.threshold]
+    assert len(above) == alarm.num_steps
     assert alarm.peak == max(row.get(f"monitor/{pattern}", 0) for row in rows) > alarm.threshold
     assert pattern.replace("_", " ") in str(alarm)
     assert rows[-1]["monitor/alarms"] == 1
@@ -124,9 +126,16 @@ def test_a_pattern_is_known_only_at_steps_that_have_its_metrics():
 
 
 def test_a_first_row_never_alarms():
-    for row in (run(**hacked)[1] for hacked in HACKED.values()):
-        for name in monitor.PATTERNS:
-            assert abs(row[f"monitor/{name}"]) < 0.15
+    """There is nothing yet to compare it with, however bad it is."""
+    bad = {
+        "hacking/steps_per_response": lambda t: 19,
+        "hacking/too_few_steps": lambda t: 0.9,
+        "hacking/appended_after_answer": lambda t: 0.9,
+        "reward_model/yes_above_soft": lambda t: 0.45,
+    }
+    for row in (run(**bad)[1], *(run(**hacked)[1] for hacked in HACKED.values())):
+        for name, threshold in dataclasses.asdict(monitor.Thresholds()).items():
+            assert name == "window" or row[f"monitor/{name}"] < threshold
 
 
 def test_alarms_are_said_once():
