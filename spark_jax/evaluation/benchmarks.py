@@ -130,7 +130,8 @@ def policy_scores(
         response_length: mean, in tokens; None where the sampler does not tell.
         format_kept, finished, answered: shares; `answered` has an answer to be graded.
         steps: mean number of steps.
-      num_problems, num_with_reference, samples_per_problem (k).
+      num_problems, num_with_reference, samples_per_problem (k); too_long: the problems that the
+        model had no room for, whose empty responses count like any others.
     """
     k = len(responses[0])
     answers = [[read_answer(text_format, said.text, answer_from) for said in g] for g in responses]
@@ -153,6 +154,7 @@ def policy_scores(
         "steps": _mean([len(text_format.split_steps(said.text)) for said in said_all]),
         "num_problems": len(problems),
         "num_with_reference": len(known),
+        "too_long": sum(all(_num_tokens(said) == 0 for said in group) for group in responses),
         "samples_per_problem": k,
         "problem_ids": [problem.id for problem in problems],
         "correct_per_problem": [shares.get(row) for row in range(len(problems))],

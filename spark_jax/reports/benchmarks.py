@@ -90,6 +90,11 @@ def policy_table(summary: Mapping[str, Any]) -> Table:
         tuple(rows),
         (
             read[summary["answer_from"]],
+            *(
+                f"{name}: {scores['too_long']} prompts are too long and count as not answered."
+                for name, scores in summary["benchmarks"].items()
+                if scores["too_long"]
+            ),
             *_missing_notes(summary["missing"], len(summary["benchmarks"]), "benchmarks"),
         ),
     )

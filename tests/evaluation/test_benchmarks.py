@@ -110,6 +110,13 @@ def test_without_references_what_is_known_is_reported():
     assert some["correct_per_problem"] == [None, 0.5]
 
 
+def test_problems_without_room_for_a_response_count_as_not_answered():
+    nothing = types.SimpleNamespace(text="", finished=False, token_ids=())
+    got = policy_scores(FORMAT, problems_of("a", "a"), [[response("a")] * 2, [nothing] * 2])
+    assert (got["too_long"], got["accuracy"]["estimate"]) == (1, 0.5)
+    assert policy_scores(FORMAT, problems_of("a"), [[response("a"), nothing]])["too_long"] == 0
+
+
 def test_the_mean_of_benchmarks_is_unweighted_and_its_interval_that_of_resampling():
     rng = np.random.default_rng(3)
     shares = {"big": rng.integers(0, 5, 60) / 4, "small": rng.integers(0, 3, 12) / 2}

@@ -27,6 +27,7 @@ def policy_scores(accuracy, k):
         "num_problems": 40,
         "num_with_reference": 0 if accuracy is NOTHING else 40,
         "samples_per_problem": k,
+        "too_long": k // 4,
     }
 
 
@@ -106,6 +107,11 @@ def close(found, expected):
     if isinstance(expected, dict):
         return all(close(found[name], expected[name]) for name in expected)
     return abs(found - expected) <= 0.00051
+
+
+def test_prompts_without_room_are_said():
+    notes = [note for note in policy_table(POLICY).notes if "too long" in note]
+    assert [note.partition(" prompts")[0] for note in notes] == ["math500: 1", "aime24: 8"]
 
 
 def test_the_policys_markdown_read_back_is_the_summary():
