@@ -81,10 +81,10 @@ def all_cases() -> dict[str, Case]:
                 cases[name + gradient * "/gradient"] = _linear_logprob(
                     4096, width, vocab, implementation, gradient
                 )
-    shapes = {  # lanes, slots, heads, KV heads, head width, prompt, own columns
+    shapes = {  # lanes, slots of each, heads, KV heads, head width, prompt, own columns
         "7B/512+1024": (16, 8, 28, 4, 128, 512, 1024),
-        "7B/2048+256": (32, 16, 28, 4, 128, 2048, 256),
-        "7B/2048+2048": (32, 16, 28, 4, 128, 2048, 2048),
+        "7B/2048+2048": (64, 1, 28, 4, 128, 2048, 2048),
+        "7B/4096+2048": (32, 2, 28, 4, 128, 4096, 2048),
     }
     for shape, sizes in shapes.items():
         for implementation in ("xla", "pallas_tpu"):
@@ -126,17 +126,18 @@ def _linear_logprob(n: int, width: int, vocab: int, implementation: str, gradien
 def _prefix_decode_attention(
     r: int, w: int, h: int, g: int, k: int, length: int, columns: int, implementation: str
 ) -> Case:
-    prompt, own = ((r, g, length, k), jnp.bfloat16), ((r, w, g, columns, k), jnp.bfloat16)
+    layers, s = 2, r * w  # the cache of all layers is an operand, of which one is read
     return Case(
         functools.partial(prefix_decode_attention, implementation=implementation),
         (
-            ((r, w, h, k), jnp.bfloat16),
-            prompt,
-            prompt,
+            ((s, h, k), jnp.bfloat16),
+            ((layers, r, g, k, length), jnp.bfloat16),
+            ((layers, r, g, length, k), jnp.bfloat16),
             ((r,), jnp.int32),
-            own,
-            own,
-            ((r, w, columns), jnp.bool_),
+            ((layers, s, g, k, columns), jnp.bfloat16),
+            ((layers, s, g, columns, k), jnp.bfloat16),
+            ((s, columns), jnp.bool_),
+            ((), jnp.int32),
         ),
     )
 

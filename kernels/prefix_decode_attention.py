@@ -1,7 +1,8 @@
-"""Attention of decoding: one query per sample, against its lane's shared prompt and its own tokens.
+"""Attention of decoding: one query per slot, against its lane's shared prompt and its own tokens.
 
-The reference ("xla") holds the scores of all samples; "pallas_tpu" streams keys and values through
-VMEM once and holds none (docs/performance.md says where that pays).
+The reference ("xla") holds the scores of all slots; "pallas_tpu" streams keys and values through
+VMEM once and holds none (docs/performance.md says what that saves). Both read the decoder's cache
+as it lies (`models.cache`): that of all layers, of which they take one.
 """
 
 from __future__ import annotations
@@ -12,45 +13,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Attended = tuple[Float[Array, "R W H K"], Float[Array, "R W H"]]
+Attended = tuple[Float[Array, "S H K"], Float[Array, "S H"]]
 
 MASKED = -1e30  # finite: differences of masked scores are no NaN
 FLOOR = -1e29  # where maxima start: above MASKED, so that masked weights are 0 and not exp(0)
-_EMPTY = 1e-30  # divides the zeros of a slot that sees nothing
+EMPTY = 1e-30  # divides the zeros of a slot that sees nothing
 
 
 def prefix_decode_attention(
-    q: Float[Array, "R W H K"],
-    prompt_keys: Float[Array, "R G L K"],
-    prompt_values: Float[Array, "R G L K"],
+    q: Float[Array, "S H K"],
+    prompt_keys: Float[Array, "N R G K L"],
+    prompt_values: Float[Array, "N R G L K"],
     lengths: Int[Array, " R"],
-    keys: Float[Array, "R W G T K"],
-    values: Float[Array, "R W G T K"],
-    own_mask: Bool[Array, "R W T"],
+    keys: Float[Array, "N S G K T"],
+    values: Float[Array, "N S G T K"],
+    own_mask: Bool[Array, "S T"],
+    layer: Int[Array, ""] | int = 0,
     *,
-    implementation: str | None = None,
+    implementation: str = "xla",
 ) -> Attended:
-    """Softmax attention of W slots in each of R lanes; G KV heads serve H / G query heads each.
+    """Softmax attention of S slots, S / R neighbours in each of R lanes, in one of N layers; G KV
+    heads serve H / G query heads each.
 
     A slot sees the first `lengths` tokens of its lane's prompt and the columns of its own cache
     that `own_mask` marks, in any order.
 
-    Returns the attended values in q's dtype, 0 where a slot sees nothing, and the float32
-    log-sum-exp of the scaled scores in nats, by which further parts can be joined (about -1e29
-    where a slot sees nothing).
+    Returns, both in float32, the attended values, 0 where a slot sees nothing, and the log-sum-exp
+    of the scaled scores in nats, by which further parts can be joined (about -1e29 where a slot
+    sees nothing).
 
     Raises:
-      ValueError: an unknown implementation, or heads that KV heads do not divide.
+      ValueError: an unknown implementation, heads that KV heads do not divide, or slots that lanes
+        do not.
     """
-    if implementation is None:
-        one_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
-        implementation = "pallas_tpu" if one_tpu else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose from {list(IMPLEMENTATIONS)}")
-    if q.shape[2] % keys.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {keys.shape[2]} KV heads evenly")
+    slots, lanes = len(q), prompt_keys.shape[1]
+    if q.shape[1] % keys.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {keys.shape[2]} KV heads evenly")
+    if slots % lanes:
+        raise ValueError(f"{slots} slots cannot be spread over {lanes} lanes evenly")
     return IMPLEMENTATIONS[implementation](
-        q, prompt_keys, prompt_values, lengths, keys, values, own_mask
+        q, prompt_keys, prompt_values, lengths, keys, values, own_mask, jnp.asarray(layer)
     )
 
 
@@ -62,26 +66,32 @@ def _xla(
     keys: Array,
     values: Array,
     own_mask: Array,
+    layer: Array,
 ) -> Attended:
-    r, w, h, d = q.shape
-    # Batch axes first: the lane's W · Q queries of one KV head then make one plain matrix product.
-    folded = q.reshape(r, w, keys.shape[2], -1, d).swapaxes(1, 2)
+    prompt_keys, prompt_values, keys, values = (
+        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        for x in (prompt_keys, prompt_values, keys, values)
+    )
+    (r, g, d, length), (s, h, _) = prompt_keys.shape, q.shape
+    folded = q.reshape(r, s // r, g, h // g, d)
     dot = {"preferred_element_type": jnp.float32}
-    shared = jnp.einsum("rgwqk,rglk->rgwql", folded, prompt_keys, **dot) * d**-0.5
-    own = jnp.einsum("rgwqk,rwgtk->rgwqt", folded, keys, **dot) * d**-0.5
-    prompt_mask = jnp.arange(prompt_keys.shape[2]) < lengths[:, None]
+    # Batch axes first: a lane's queries of one KV head then make one plain matrix product.
+    shared = jnp.einsum("rgwqk,rgkl->rgwql", folded.swapaxes(1, 2), prompt_keys, **dot) * d**-0.5
+    own = jnp.einsum("sgqk,sgkt->sgqt", folded.reshape(s, g, -1, d), keys, **dot) * d**-0.5
+    prompt_mask = jnp.arange(length) < lengths[:, None]
     shared = jnp.where(prompt_mask[:, None, None, None], shared, MASKED)
-    own = jnp.where(own_mask[:, None, :, None], own, MASKED)
+    shared = shared.swapaxes(1, 2).reshape(s, g, h // g, length)
+    own = jnp.where(own_mask[:, None, None], own, MASKED)
     top = jnp.maximum(
         shared.max(axis=-1, keepdims=True, initial=FLOOR),
         own.max(axis=-1, keepdims=True, initial=FLOOR),
     )
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    out = jnp.einsum("rgwql,rglk->rgwqk", shared.astype(q.dtype), prompt_values, **dot)
-    out += jnp.einsum("rgwqt,rwgtk->rgwqk", own.astype(q.dtype), values, **dot)
-    total = jnp.maximum((shared.sum(-1) + own.sum(-1))[..., None], _EMPTY)
-    logsumexp = (top + jnp.log(total)).swapaxes(1, 2).reshape(r, w, h)
-    return (out / total).swapaxes(1, 2).reshape(r, w, h, d).astype(q.dtype), logsumexp
+    weights = shared.astype(q.dtype).reshape(r, s // r, g, h // g, length)
+    out = jnp.einsum("rwgql,rglk->rwgqk", weights, prompt_values, **dot).reshape(s, h, d)
+    out += jnp.einsum("sgqt,sgtk->sgqk", own.astype(q.dtype), values, **dot).reshape(s, h, d)
+    total = jnp.maximum((shared.sum(-1) + own.sum(-1))[..., None], EMPTY)
+    return out / total.reshape(s, h, 1), (top + jnp.log(total)).reshape(s, h)
 
 
 def _pallas_tpu(*arguments: Array) -> Attended:

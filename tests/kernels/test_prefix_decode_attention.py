@@ -10,6 +10,7 @@ from spark_jax.kernels import prefix_decode_attention_tpu
 from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+LAYER = 1
 
 
 @pytest.fixture(autouse=True)
@@ -21,54 +22,69 @@ def no_races(capfd):
 
 
 def inputs(lanes=2, slots=3, heads=4, kv_heads=2, width=8, length=5, columns=7, dtype="float32"):
-    keys = iter(jax.random.split(jax.random.key(length + columns), 7))
+    """So many slots in each lane; of two layers one is meant, the other holds NaN."""
+    rng = np.random.default_rng(length + columns)
 
     def normal(*shape):
-        return jax.random.normal(next(keys), shape, dtype)
+        return rng.normal(size=shape).astype(jnp.dtype(dtype))
 
+    def stacked(*shape):
+        return np.stack([np.full(shape, np.nan, jnp.dtype(dtype)), normal(*shape)])
+
+    every = lanes * slots
     return {
-        "q": 2 * normal(lanes, slots, heads, width),
-        "prompt_keys": normal(lanes, kv_heads, length, width),
-        "prompt_values": normal(lanes, kv_heads, length, width),
-        "lengths": jax.random.randint(next(keys), lanes, 0, length + 1),
-        "keys": normal(lanes, slots, kv_heads, columns, width),
-        "values": normal(lanes, slots, kv_heads, columns, width),
-        "own_mask": jax.random.bernoulli(next(keys), 0.5, (lanes, slots, columns)),
+        "q": 2 * normal(every, heads, width),
+        "prompt_keys": stacked(lanes, kv_heads, width, length),
+        "prompt_values": stacked(lanes, kv_heads, length, width),
+        "lengths": rng.integers(0, length + 1, lanes).astype(np.int32),
+        "keys": stacked(every, kv_heads, width, columns),
+        "values": stacked(every, kv_heads, columns, width),
+        "own_mask": rng.random((every, columns)) < 0.5,
+        "layer": np.int32(LAYER),
     }
 
 
-def slot_by_slot(q, prompt_keys, prompt_values, lengths, keys, values, own_mask):
+def slot_by_slot(q, prompt_keys, prompt_values, lengths, keys, values, own_mask, layer):
     """Each head of each slot with its own copy of what it sees."""
-    arrays = (q, prompt_keys, prompt_values, keys, values)
-    q, prompt_keys, prompt_values, keys, values = (np.asarray(x, np.float64) for x in arrays)
+    stacks = (prompt_keys, prompt_values, keys, values)
+    prompt_keys, prompt_values, keys, values = (np.asarray(x[layer], np.float64) for x in stacks)
+    q = np.asarray(q, np.float64)
     out, logsumexp = np.zeros(q.shape), np.full(q.shape[:-1], -1e29)
-    for r, w, h in np.ndindex(*q.shape[:-1]):
-        g = h // (q.shape[2] // keys.shape[2])
-        mine = np.asarray(own_mask[r, w])
-        k = np.concatenate([prompt_keys[r, g, : lengths[r]], keys[r, w, g, mine]])
-        v = np.concatenate([prompt_values[r, g, : lengths[r]], values[r, w, g, mine]])
-        if len(k):
-            weights = np.exp(k @ q[r, w, h] / np.sqrt(q.shape[-1]))
-            out[r, w, h] = weights @ v / weights.sum()
-            logsumexp[r, w, h] = np.log(weights.sum())
+    for s, h in np.ndindex(*q.shape[:-1]):
+        g, r = h // (q.shape[1] // keys.shape[1]), s // (len(q) // len(lengths))
+        mine = np.asarray(own_mask[s])
+        k = np.concatenate([prompt_keys[r, g, :, : lengths[r]], keys[s, g][:, mine]], axis=1)
+        v = np.concatenate([prompt_values[r, g, : lengths[r]], values[s, g, mine]])
+        if len(v):
+            weights = np.exp(q[s, h] @ k / np.sqrt(q.shape[-1]))
+            out[s, h] = weights @ v / weights.sum()
+            logsumexp[s, h] = np.log(weights.sum())
     return out, logsumexp
+
+
+def on_device(arguments):
+    return {name: jnp.asarray(x) for name, x in arguments.items()}
+
+
+def reference(**arguments):
+    return jax.jit(prefix_decode_attention)(**on_device(arguments))
 
 
 def kernel(**arguments):
     return prefix_decode_attention_tpu.prefix_decode_attention(
-        *arguments.values(), interpret=INTERPRET
+        *on_device(arguments).values(), interpret=INTERPRET
     )
 
 
 def assert_equal(got, expected, atol=1e-5):
-    np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0], atol=atol)
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(np.asarray(got[0]), expected[0], atol=atol)
+    np.testing.assert_allclose(np.asarray(got[1]), expected[1], rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (6, 1)])
 def test_reference_slot_by_slot(heads, kv_heads):
     arguments = inputs(heads=heads, kv_heads=kv_heads)
-    assert_equal(prefix_decode_attention(**arguments), slot_by_slot(**arguments))
+    assert_equal(reference(**arguments), slot_by_slot(**arguments))
 
 
 @pytest.fixture
@@ -98,7 +114,7 @@ def test_kernel_in_blocks(length, columns):
     """Whole blocks and ragged ends, of prompt and own columns; lanes without a prompt."""
     arguments = inputs(lanes=4, length=length, columns=columns)
     for lengths in ([0, length, 3, 5], [4, 1, 0, 8]):
-        arguments["lengths"] = jnp.array(lengths)
+        arguments["lengths"] = np.array(lengths, np.int32)
         assert_equal(kernel(**arguments), slot_by_slot(**arguments))
 
 
@@ -107,60 +123,68 @@ def test_kernel_in_bfloat16():
     assert_equal(kernel(**arguments), slot_by_slot(**arguments), atol=0.03)
 
 
-@pytest.mark.parametrize("attend", [prefix_decode_attention, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel])
 def test_a_slot_that_sees_nothing_gives_zeros(attend):
     arguments = inputs()
-    arguments["own_mask"] = arguments["own_mask"].at[1, 2].set(False)
-    arguments["lengths"] = jnp.array([2, 0])
-    out, logsumexp = attend(**arguments)
-    assert np.all(np.asarray(out[1, 2]) == 0)
-    assert np.all(np.asarray(logsumexp[1, 2]) < -1e28)
+    arguments["own_mask"][5] = False
+    arguments["lengths"] = np.array([2, 0], np.int32)
+    out, logsumexp = map(np.asarray, attend(**arguments))
+    assert np.all(out[5] == 0)
+    assert np.all(logsumexp[5] < -1e28)
     assert_equal((out, logsumexp), slot_by_slot(**arguments))
 
 
-@pytest.mark.parametrize("attend", [prefix_decode_attention, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel])
 def test_what_is_not_seen_changes_nothing(attend):
     """Stale columns and padding may hold anything finite."""
     arguments = inputs()
     before = attend(**arguments)
-    hidden = ~arguments["own_mask"][:, :, None, :, None]
-    for name in ("keys", "values"):
-        arguments[name] = jnp.where(hidden, 1e4, arguments[name])
-    padding = (jnp.arange(5) >= arguments["lengths"][:, None])[:, None, :, None]
-    for name in ("prompt_keys", "prompt_values"):
-        arguments[name] = jnp.where(padding, 1e4, arguments[name])
+    hidden = ~arguments["own_mask"][:, None, None]
+    padding = (np.arange(5) >= arguments["lengths"][:, None])[:, None, None]
+    for name, unseen in (("keys", hidden), ("prompt_keys", padding)):
+        arguments[name] = np.where(unseen, np.float32(1e4), arguments[name])
+        values = name.replace("keys", "values")
+        arguments[values] = np.where(unseen.swapaxes(-2, -1), np.float32(1e4), arguments[values])
     for a, b in zip(before, attend(**arguments), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("attend", [prefix_decode_attention, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel])
 def test_extreme_scores(attend):
     arguments = inputs()
-    arguments["q"] = arguments["q"] * 1e4
-    out, logsumexp = attend(**arguments)
+    arguments["q"] *= 1e4
+    out, logsumexp = map(np.asarray, attend(**arguments))
     assert np.all(np.isfinite(out))
     assert np.all(np.isfinite(logsumexp))
-    assert np.abs(out).max() <= max(np.abs(arguments[k]).max() for k in ("values", "prompt_values"))
+    values = [arguments[name][LAYER] for name in ("values", "prompt_values")]
+    assert np.abs(out).max() <= max(np.abs(x).max() for x in values)
 
 
 def test_parts_join_by_their_logsumexp():
     """Half of the prompt and the rest, weighed by their sums, are the whole."""
-    arguments = inputs(length=6)
-    arguments["lengths"] = jnp.array([6, 6])
-    whole = prefix_decode_attention(**arguments)[0]
-    first = {k: arguments[k][:, :, :2] for k in ("prompt_keys", "prompt_values")}
-    rest = {k: arguments[k][:, :, 2:] for k in ("prompt_keys", "prompt_values")}
-    nothing = jnp.zeros_like(arguments["own_mask"])
-    a = prefix_decode_attention(
-        **(arguments | first | {"lengths": jnp.array([2, 2]), "own_mask": nothing})
+    arguments = inputs(length=6) | {"lengths": np.array([6, 6], np.int32)}
+    whole = reference(**arguments)[0]
+    keys, values = arguments["prompt_keys"], arguments["prompt_values"]
+    halves = [(keys[..., :3], values[..., :3, :]), (keys[..., 3:], values[..., 3:, :])]
+    masks = [np.zeros_like(arguments["own_mask"]), arguments["own_mask"]]
+    (first, a), (rest, b) = (
+        reference(
+            **arguments
+            | {"prompt_keys": k, "prompt_values": v, "own_mask": mask}
+            | {"lengths": np.array([3, 3], np.int32)}
+        )
+        for (k, v), mask in zip(halves, masks, strict=True)
     )
-    b = prefix_decode_attention(**(arguments | rest | {"lengths": jnp.array([4, 4])}))
-    share = jax.nn.sigmoid(a[1] - b[1])[..., None]
-    np.testing.assert_allclose(share * a[0] + (1 - share) * b[0], whole, atol=1e-5)
+    share = 1 / (1 + np.exp(np.asarray(b) - a))[..., None]
+    np.testing.assert_allclose(share * first + (1 - share) * rest, whole, atol=1e-5)
 
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"'cuda'.*xla"):
-        prefix_decode_attention(**inputs(), implementation="cuda")
+        prefix_decode_attention(**on_device(inputs()), implementation="cuda")
     with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
-        prefix_decode_attention(**inputs(heads=3, kv_heads=2))
+        reference(**inputs(heads=3, kv_heads=2))
+    one = inputs(lanes=3, slots=1)
+    prompts = {name: inputs()[name] for name in ("prompt_keys", "prompt_values", "lengths")}
+    with pytest.raises(ValueError, match="3 slots cannot be spread over 2 lanes"):
+        reference(**(one | prompts))
