@@ -340,9 +340,10 @@ def _verifier_table(found: Mapping[str, Any]) -> Table:
         tuple(rows),
         (
             "Updates: of the verifier's pretraining, with the study's seeds; solutions are the "
-            "base's, who is the last verifier.",
-            "Detects, doubts: share of wrong, of right steps that are marked incorrect. Where one "
-            "verification detects less than half of the wrong steps, a vote detects fewer still.",
+            "base's, which is the last verifier and has one pretraining.",
+            "Detects, doubts: share of wrong, of right steps that are marked incorrect. A vote "
+            "goes the way of more than half: were all steps alike, it would detect fewer wrong steps "
+            "than one verification that detects less than half of them.",
         ),
     )
 
