@@ -341,9 +341,9 @@ def _verifier_table(found: Mapping[str, Any]) -> Table:
         (
             "Updates: of the verifier's pretraining, with the study's seeds; solutions are the "
             "base's, which is the last verifier and has one pretraining.",
-            "Detects, doubts: share of wrong, of right steps that are marked incorrect. A vote "
-            "goes the way of more than half: were all steps alike, it would detect fewer wrong steps "
-            "than one verification that detects less than half of them.",
+            "Detects, doubts: share of wrong, of right steps that are marked incorrect. Were all "
+            "steps alike, a vote would detect fewer wrong steps than one verification that detects "
+            "less than half of them.",
         ),
     )
 
