@@ -495,6 +495,11 @@ def _check_rewards_fit(config: Config) -> None:
             f"rl.advantage={rl.advantage!r} needs step verdicts, which rl.reward={rl.reward!r} "
             f"does not give; choose one of {judging}"
         )
+    if kinds is not None and not rl.reward_model:
+        raise ConfigError(
+            f"rl.reward={rl.reward!r} needs rl.reward_model, the checkpoint folder of a reward "
+            "model; train_prm makes one in its run_dir/model, and pipeline makes and uses one"
+        )
 
 
 def _needs_references(config: Config, what: str) -> None:

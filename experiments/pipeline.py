@@ -163,8 +163,9 @@ def check(config: Config) -> None:
             f"generate.shard={tuple(config.generate.shard)}: a pipeline makes all of stage I; "
             "leave it at (0, 1)"
         )
+    to_come = prm(0, config.prm.method)  # what stage II leaves is not there yet
     for arm in config.pipeline.arms.values():
-        launch.check_rl(arm_config(config, arm, seed=0, reward_model=""))
+        launch.check_rl(arm_config(config, arm, seed=0, reward_model=to_come))
 
 
 def quick_version(config: Config) -> Config:

@@ -585,11 +585,6 @@ def _reward_model(config: Config, task: tasks.Task) -> tuple[TextModel | None, t
     """The reward model, and the task as it is shown it."""
     if config.rl.reward not in REWARDS_THAT_JUDGE:
         return None, task
-    if not config.rl.reward_model:
-        raise launch.ConfigError(
-            f"rl.reward={config.rl.reward!r} needs rl.reward_model, the checkpoint folder of a "
-            "reward model; train_prm makes one in its run_dir/model"
-        )
     model = launch.load_text_model(config, config.rl.reward_model)
     shown = launch.for_model(launch.load_task(config), model.tokenizer, config)
     return model, shown

@@ -86,10 +86,19 @@ def test_impossible_arms_are_refused(arm, message):
         launch.check_rl(launch.changed(launch.load_config("configs/demo.py"), changes))
 
 
+def test_a_reward_that_judges_needs_a_reward_model_before_anything_is_loaded():
+    """A pipeline makes one; a reward that asks none needs none."""
+    config = launch.load_config("configs/demo.py")
+    pipeline.check(config)
+    with pytest.raises(launch.ConfigError, match=r"'process_aware_outcome' needs rl.reward_model"):
+        launch.check_rl(config)
+    launch.check_rl(launch.changed(config, {"rl.reward": "rule_based"}))
+
+
 def check_all(config):
     launch.check_common(config)
     pipeline.check(config)
-    launch.check_rl(config)
+    launch.check_rl(launch.changed(config, {"rl.reward_model": "arithmetic_chains"}))
 
 
 def documented_commands():
