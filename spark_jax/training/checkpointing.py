@@ -17,10 +17,15 @@ import jax
 import numpy as np
 
 from spark_jax.parallel import processes
+from spark_jax.training import digests
 
-# What orbax raises on a file that is missing, cut short or altered. Not RuntimeError: a device that
-# is out of memory says nothing about the checkpoint.
-_UNREADABLE = (OSError, ValueError, KeyError)
+# What says something about the machine and nothing about the checkpoint: memory that is short, a
+# device that failed. Whatever else orbax raises while it reads is damage; it has no type for that.
+_OF_THE_MACHINE = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+class _Unreadable(ValueError):
+    """The checkpoint is damaged."""
 
 
 class TemplateMismatch(ValueError):
@@ -111,12 +116,14 @@ class Checkpoints:
 
         `template` is a state, or its `jax.eval_shape`, with the structure, shapes, dtypes and,
         where it has them, shardings to restore to; the checkpoint may have been written from other
-        shardings, devices and processes. A checkpoint that cannot be read, by any process, is named
-        in a warning, set aside as `<step>.torn`, and the one before it is used.
+        shardings, devices and processes. A checkpoint that cannot be read, by any process, or whose
+        files are not those that were written (`digests`; older checkpoints have none), is named in
+        a warning, set aside as `<step>.torn`, and the one before it is used.
 
         Raises:
           TemplateMismatch: the checkpoint is of another model or optimiser; nothing is set aside.
           ValueError: checkpoints are there and none can be read.
+          MemoryError, JaxRuntimeError: there is no room for the state; nothing is set aside.
         """
         self.wait()
         torn: dict[int, str] = {}
@@ -124,7 +131,7 @@ class Checkpoints:
             restored, problem = self._try_to_restore(step, template)
             problems = [found for found in processes.exchange(problem) if found is not None]
             for found in problems:
-                if isinstance(found, TemplateMismatch):
+                if not isinstance(found, _Unreadable):
                     raise found
             if problems:
                 torn[step] = str(problems[0])
@@ -149,14 +156,16 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _try_to_restore(self, step: int, template: Any) -> tuple[Any, ValueError | None]:
+    def _try_to_restore(self, step: int, template: Any) -> tuple[Any, Exception | None]:
         """The checkpoint, or why this process cannot read it."""
         try:
             return self._restore(step, template), None
-        except TemplateMismatch as error:
-            return None, error
-        except _UNREADABLE as error:
-            return None, ValueError(_first_line(error))
+        except Exception as error:
+            if isinstance(error, TemplateMismatch):
+                return None, error
+            if isinstance(cause := _root(error), _OF_THE_MACHINE):
+                return None, cause
+            return None, _Unreadable(_first_line(error))
 
     def _restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         """What this process's devices are to hold, read on its own: where one process cannot read,
@@ -170,6 +179,8 @@ class Checkpoints:
             **_handlers(alone),
         )
         folder = self.directory / str(step)
+        for item in ("state", "extra"):
+            digests.check_index(folder / item)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             metadata = reader.metadata(folder).item_metadata["state"]
             if metadata is None:
@@ -179,6 +190,7 @@ class Checkpoints:
                 raise TemplateMismatch(
                     f"checkpoint {folder} does not fit: {_difference(saved, wanted)}"
                 )
+            digests.check_data(folder / "state", part=index, parts=jax.process_count())
             parts = ocp.args.Composite(
                 state=ocp.args.StandardRestore(template), extra=ocp.args.JsonRestore()
             )
@@ -214,10 +226,13 @@ class Checkpoints:
 def _handlers(options: Any) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    return {
+    handlers = {
         "state": ocp.StandardCheckpointHandler(multiprocessing_options=options),
         "extra": ocp.JsonCheckpointHandler(multiprocessing_options=options),
     }
+    for handler in handlers.values():
+        digests.attach(handler, jax.process_index())
+    return handlers
 
 
 def _signature(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -256,6 +271,13 @@ def _json_only(extra: dict[str, Any]) -> dict[str, Any]:
             f"extra={extra!r} would come back as {back!r}; use string keys, and lists for tuples"
         )
     return extra
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first error of those that led to this one; orbax wraps what it meets."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _first_line(error: Exception) -> str:

@@ -149,9 +149,25 @@ def test_a_write_that_fails_is_raised_and_the_one_before_stands(tmp_path, monkey
         assert_same_bits(again.restore_latest(state)[0], state)
 
 
+def damage_file(file, damage):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+
+
+def without_digests(folder):
+    """As a version that noted none left it."""
+    for file in folder.rglob("digests*.json"):
+        file.unlink()
+
+
 def files_that_matter(folder):
     return {
-        "values": max((folder / "state" / "d").iterdir(), key=lambda f: f.stat().st_size),
+        "values": max((folder / "state").rglob("d/*"), key=lambda f: f.stat().st_size),
+        "merged": max((folder / "state" / "d").iterdir(), key=lambda f: f.stat().st_size),
         "index": folder / "state" / "manifest.ocdbt",
         "tree": folder / "state" / "_METADATA",
         "extra": folder / "extra" / "metadata",
@@ -161,20 +177,16 @@ def files_that_matter(folder):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
-@pytest.mark.parametrize("which", ["values", "index", "tree", "extra"])
+@pytest.mark.parametrize("which", ["values", "merged", "index", "tree", "sharding", "extra"])
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, which, damage):
-    state, _ = fresh_run()
+    state, _ = fresh_run(width=64)  # values of less than 1 KiB would lie in the index
     later = state.replace(step=state.step + 1)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, {"step": 3})
         checkpoints.save(4, later, {"step": 4})
     file = files_that_matter(tmp_path / "4")[which]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    assert which != "values" or file.stat().st_size > 2**14
+    damage_file(file, damage)
 
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.warns(UserWarning, match=r"4 cannot be read .* 4\.torn, going on from step 3"):
@@ -185,6 +197,45 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, which, 
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore_latest(state)[1] == {"step": 4}
         assert (tmp_path / "4.torn").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [None, "cut", "gone"])
+def test_a_checkpoint_without_digests_is_accepted_unless_it_cannot_be_read(tmp_path, damage):
+    """As one of an older version; orbax raises a bare Exception on a lost data file."""
+    state, _ = fresh_run(width=64)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+        checkpoints.save(4, state)
+    without_digests(tmp_path)
+    if damage is not None:
+        damage_file(files_that_matter(tmp_path / "4")["values"], damage)
+    with Checkpoints(tmp_path) as checkpoints:
+        if damage is None:
+            assert_same_bits(checkpoints.restore_latest(state)[0], state)
+            return
+        with pytest.warns(UserWarning, match=r"4\.torn, going on from step 3"):
+            restored, _ = checkpoints.restore_latest(state)
+        assert_same_bits(restored, state)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, jax.errors.JaxRuntimeError])
+def test_a_device_without_room_says_nothing_about_the_checkpoint(tmp_path, monkeypatch, kind):
+    state, _ = fresh_run()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+        checkpoints.save(4, state)
+
+        def full(step, template):
+            try:
+                raise kind("RESOURCE_EXHAUSTED: out of memory")
+            except kind as error:
+                raise Exception("a wrapped one, as orbax's") from error
+
+        monkeypatch.setattr(checkpoints, "_restore", full)
+        with pytest.raises(kind, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore_latest(state)
+        assert checkpoints.steps() == [3, 4]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -204,6 +255,7 @@ def test_a_typed_key_never_comes_back_as_plain_numbers(tmp_path):
     state, _ = fresh_run()
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state)
+    without_digests(tmp_path)
     files_that_matter(tmp_path / "3")["sharding"].unlink()
     with (
         Checkpoints(tmp_path) as checkpoints,
