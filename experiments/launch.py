@@ -76,12 +76,15 @@ def main(
         for check in (check_common, *checks):
             check(flag.value)
         path = Path(flag.value.run_dir)
-        if unit is None:
-            run(flag.value, path)
-        else:
-            with progress.shown(str(path), unit) as on_progress:
-                run(flag.value, path, on_progress)
-        processes.finish()
+        # Where nothing is trained, SIGTERM finds on disk all that is to be saved.
+        with preemption.Watch():
+            if unit is None:
+                run(flag.value, path)
+            else:
+                with progress.shown(str(path), unit) as on_progress:
+                    run(flag.value, path, on_progress)
+            processes.finish()
+        note_completion()
 
     def guarded(arguments: Sequence[str]) -> None:
         try:
@@ -98,6 +101,17 @@ def main(
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     app.run(guarded, argv=arguments)
+
+
+COMPLETED = "SPARK_JAX_COMPLETED"
+
+
+def note_completion() -> None:
+    """Creates the file that `SPARK_JAX_COMPLETED` names, where it names one: the run is complete. A
+    run that saved because it was told to stop also ends with status 0, but without this file; the
+    scripts of `experiments/pods` start that one again."""
+    if file := os.environ.get(COMPLETED):
+        Path(file).touch()
 
 
 def quiet_unless_main() -> None:

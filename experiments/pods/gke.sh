@@ -4,8 +4,9 @@
 #   experiments/pods/gke.sh [--dry-run] ACTION...         --dry-run prints the commands only
 #
 # ACTION: image, cluster, start, watch, stop (with XPK); manifest, which prints the JobSet, and apply,
-# which hands it to kubectl. A workload that stopped goes on from its last checkpoint when it is
-# started again; a preempted slice is restarted by the JobSet. Settings are environment variables:
+# which hands it to kubectl. A pod that is told to stop before the run is complete saves and fails,
+# and the JobSet starts all of them again; so it does with a slice that is taken away. Settings are
+# environment variables:
 set -euo pipefail
 
 NAME=${NAME:-spark}                            # of the workload
@@ -20,28 +21,22 @@ HOSTS=${HOSTS:-16}                             # of a slice, with 4 chips each
 SPOT=${SPOT:-}                                 # 1: cheaper, and taken away at any time
 IMAGE=${IMAGE:-us-docker.pkg.dev/$PROJECT/spark/spark-jax:latest}
 BUCKET=${BUCKET:-my-bucket}                    # mounted at /bucket by the Cloud Storage FUSE driver
-EXPERIMENT=${EXPERIMENT:-train_rl}
+SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}    # of Kubernetes, with access to the bucket
+EXPERIMENT=${EXPERIMENT:-pipeline}
 CONFIG=${CONFIG:-configs/spark_qwen25_math_7b.py}
 RUN_DIR=${RUN_DIR:-/bucket/runs/$NAME}
-ARGS=${ARGS:-}                                 # more arguments, such as --config.mesh.fsdp=16
+ARGS=${ARGS:-}                                 # more arguments; quotes hold one together
 GRACE=${GRACE:-120}                            # seconds from SIGTERM to SIGKILL
 
 DRY_RUN=
 if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
-if [[ $# == 0 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [[ $# == 0 ]]; then sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 
 PODS=$(dirname "${BASH_SOURCE[0]}")
-COMMAND="exec env SPARK_JAX_GRACE_SECONDS=$((GRACE - 20)) python -m spark_jax.experiments.$EXPERIMENT --config=$CONFIG --config.run_dir=$RUN_DIR${ARGS:+ $ARGS}"
-
-run() { # prints a command, and runs it
-  local word line=
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+~-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+=" $word"
-  done
-  echo "${line# }"
-  if [[ -z $DRY_RUN ]]; then "$@"; fi
-}
+source "$PODS/common.sh"
+read_arguments bash experiments/pods/complete.sh python -m "spark_jax.experiments.$EXPERIMENT" \
+  "--config=$CONFIG" "--config.run_dir=$RUN_DIR"
+SECONDS_TO_SAVE=$((GRACE - 20))
 
 on_cluster() { run xpk "$@" --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER"; }
 
@@ -60,7 +55,7 @@ cluster() {
 start() {
   on_cluster workload create --workload="$NAME" --tpu-type="$ACCELERATOR" --num-slices="$SLICES" \
     --docker-image="$IMAGE" --max-restarts=100 --termination-grace-period-seconds="$GRACE" \
-    --command="$COMMAND"
+    --command="exec env SPARK_JAX_GRACE_SECONDS=$SECONDS_TO_SAVE $(quoted "${arguments[@]}")"
 }
 
 watch() {
@@ -95,8 +90,7 @@ spec:
               gke-gcsfuse/volumes: "true"
           spec:
             restartPolicy: Never
-            hostNetwork: true
-            dnsPolicy: ClusterFirstWithHostNet
+            serviceAccountName: $SERVICE_ACCOUNT
             terminationGracePeriodSeconds: $GRACE
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $NODES
@@ -104,7 +98,10 @@ spec:
             containers:
             - name: spark
               image: $IMAGE
-              command: ["bash", "-c", "$COMMAND"]
+              command: $(json "${arguments[@]}")
+              env:
+              - name: SPARK_JAX_GRACE_SECONDS
+                value: "$SECONDS_TO_SAVE"
               ports:
               - containerPort: 8471
               resources:
@@ -124,7 +121,7 @@ YAML
 }
 
 apply() {
-  echo "kubectl apply --filename=- <<MANIFEST"
+  echo "kubectl apply --filename=- <<'MANIFEST'"
   manifest
   echo MANIFEST
   if [[ -z $DRY_RUN ]]; then manifest | kubectl apply --filename=-; fi

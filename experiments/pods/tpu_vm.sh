@@ -13,24 +13,19 @@ ACCELERATOR=${ACCELERATOR:-v5p-128}            # v5p-128 is 4x4x4: it counts cor
 VERSION=${VERSION:-v2-alpha-tpuv5}             # v5e: v2-alpha-tpuv5-lite, v6e: v2-alpha-tpuv6e
 SPOT=${SPOT:-}                                 # 1: cheaper, and taken away at any time
 BUCKET=${BUCKET:-}                             # a Cloud Storage bucket, mounted at ~/bucket
-EXPERIMENT=${EXPERIMENT:-train_rl}
+EXPERIMENT=${EXPERIMENT:-pipeline}
 CONFIG=${CONFIG:-configs/spark_qwen25_math_7b.py}
-RUN_DIR=${RUN_DIR:-bucket/runs/$NAME}          # a folder that all hosts see, from ~
-ARGS=${ARGS:-}                                 # more arguments, such as --config.mesh.fsdp=16
+RUN_DIR=${RUN_DIR:-bucket/runs/$NAME}          # a folder that all hosts see; from ~, or absolute
+ARGS=${ARGS:-}                                 # more arguments; quotes hold one together
 
 DRY_RUN=
 if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
 if [[ $# == 0 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 
-run() { # prints a command, and runs it
-  local word line=
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+~-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+=" $word"
-  done
-  echo "${line# }"
-  if [[ -z $DRY_RUN ]]; then "$@"; fi
-}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_arguments -m "spark_jax.experiments.$EXPERIMENT" "--config=$CONFIG"
+FOLDER=$(quoted "$RUN_DIR")
+if [[ $RUN_DIR != /* ]]; then FOLDER="\$HOME/$FOLDER"; fi
 
 tpu() { run gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 on() { tpu ssh --worker="$1" --command="$2"; }
@@ -50,10 +45,10 @@ setup() { # the committed tree, Python and libraries on every host; the bucket a
 }
 
 start() { # in the background, each host's output in ~/logs/$NAME.log
-  on all "cd spark-jax && (setsid nohup ~/venv/bin/python -m spark_jax.experiments.$EXPERIMENT --config=$CONFIG --config.run_dir=\$HOME/$RUN_DIR${ARGS:+ $ARGS} >> ~/logs/$NAME.log 2>&1 < /dev/null & echo \$! > ~/$NAME.pid)"
+  on all "cd spark-jax && (setsid nohup ~/venv/bin/python $(quoted "${arguments[@]}") --config.run_dir=$FOLDER >> ~/logs/$NAME.log 2>&1 < /dev/null & echo \$! > ~/$NAME.pid)"
 }
 
-watch() { on 0 "tail -n 50 -F logs/$NAME.log $RUN_DIR/metrics.jsonl"; }
+watch() { on 0 "tail -n 50 -F logs/$NAME.log"; }
 
 status() { on all "kill -0 \$(cat $NAME.pid) 2>/dev/null && echo running || tail -n 3 logs/$NAME.log"; }
 

@@ -1,12 +1,16 @@
 """The launch scripts, by their dry runs: these print all that would be done and do nothing."""
 
+import json
 import os
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 PODS = Path(__file__).parents[2] / "experiments" / "pods"
 ACTIONS = {
     "tpu_vm": "create setup start watch status stop delete",
@@ -65,6 +69,59 @@ def test_a_dry_run_prints_every_command_and_calls_none(script, no_tools):
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
 
 
+ODD = {  # what it stands for → how it is written in ARGS
+    "--config.generate.shard=(0,8)": "--config.generate.shard=(0,8)",
+    "--config.verify.methods=('single', 'x')": """--config.verify.methods="('single', 'x')\"""",
+    '--config.chat.system=say "it" for $(2)': """'--config.chat.system=say "it" for $(2)'""",
+}
+ARGS = "  ".join(ODD.values())
+
+
+def heredoc(text):
+    """What a dry run hands to a command on its standard input."""
+    return text.partition("<<")[2].partition("\n")[2].rpartition("\n")[0].rpartition("\n")[0]
+
+
+def test_arguments_reach_the_program_word_by_word():
+    """Parentheses, spaces, quotes and dollars: through a batch script, YAML, and two shells."""
+    expected = list(ODD)
+    job = heredoc(run("slurm", "--dry-run", "start", ARGS=ARGS).stdout)
+    subprocess.run(["bash", "-n"], input=job, text=True, check=True)
+    (line,) = (line for line in job.splitlines() if line.startswith("srun"))
+    assert shlex.split(line)[-4:] == [*expected, "&"]
+
+    (line,) = run("gke", "--dry-run", "start", ARGS=ARGS).stdout.splitlines()
+    (command,) = (word for word in shlex.split(line) if word.startswith("--command="))
+    assert shlex.split(command)[-3:] == expected
+
+    manifest = heredoc(run("gke", "--dry-run", "apply", ARGS=ARGS).stdout)
+    (line,) = (line for line in manifest.splitlines() if " command: " in line)
+    words = json.loads(line.partition("command: ")[2])  # JSON is YAML
+    assert [word.replace("$$(", "$(") for word in words[-3:]] == expected
+
+    text = run("tpu_vm", "--dry-run", "start", ARGS=ARGS, BUCKET="things").stdout
+    (command,) = (word for word in shlex.split(text) if word.startswith("--command="))
+    words = shlex.split(command)
+    first = words.index("--config=configs/spark_qwen25_math_7b.py") + 1
+    assert words[first : first + 3] == expected
+
+
+def test_a_manifest_is_yaml():
+    yaml = pytest.importorskip("yaml")
+    made = yaml.safe_load(heredoc(run("gke", "--dry-run", "apply", ARGS=ARGS).stdout))
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"][:3] == ["bash", "experiments/pods/complete.sh", "python"]
+    assert pod["serviceAccountName"] == "default"
+    assert "hostNetwork" not in pod  # with it the bucket is mounted with the node's rights
+
+
+@pytest.mark.parametrize("script", ACTIONS)
+def test_an_open_quote_is_refused(script):
+    done = run(script, "--dry-run", "start", ARGS="--config.x='a", BUCKET="things")
+    assert done.returncode == 2
+    assert "ARGS=--config.x='a: a quote is not closed" in done.stderr
+
+
 @pytest.mark.parametrize("script", ACTIONS)
 def test_without_dry_run_the_printed_commands_are_called(script, no_tools):
     folder, path = no_tools
@@ -81,6 +138,83 @@ def test_unknown_actions_are_refused_and_no_action_explains(script):
     done = run(script)
     assert done.returncode == 2
     assert f"experiments/pods/{script}.sh [--dry-run] ACTION" in done.stderr
+
+
+def wait_for(text, file):
+    deadline = time.monotonic() + 120
+    while not (file.exists() and text in file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_told_to_stop_is_not_complete(tmp_path):
+    """Through complete.sh, which passes SIGTERM on: another status than that of a complete run."""
+    (tmp_path / "wait").touch()
+    command = ["bash", PODS / "complete.sh", sys.executable, HERE / "told_to_stop.py"]
+    command += ["--config=configs/demo.py", f"--config.run_dir={tmp_path}"]
+    environment = os.environ | {"SPARK_JAX_GRACE_SECONDS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        wait_for("running", tmp_path / "log")
+        child.terminate()
+        assert child.wait(timeout=60) == 75, (tmp_path / "log").read_text()
+        (tmp_path / "wait").unlink()
+        assert subprocess.run(command, env=environment, stdout=log, stderr=log).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [("exit 0", 75), ("touch $SPARK_JAX_COMPLETED", 0), ("exit 3", 3), ("kill -9 $$", 137)],
+)
+def test_only_a_complete_run_ends_well(program, status):
+    done = subprocess.run(["bash", PODS / "complete.sh", "bash", "-c", program], check=False)
+    assert done.returncode == status
+
+
+SRUN = """#!/bin/bash
+echo started >> calls
+while [[ -e wait ]]; do
+  if [[ -e told ]]; then exit 0; fi
+  sleep 0.05
+done
+if [[ -e crash ]]; then exit 3; fi
+touch $SPARK_JAX_COMPLETED
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "signalled", "status", "requeued"),
+    [
+        ((), False, 0, False),
+        (("crash",), False, 3, False),
+        (("wait",), True, 0, True),  # by SLURM, as the time ends
+        (("wait", "told"), False, 0, False),  # by `stop`: the tasks alone
+    ],
+)
+def test_a_slurm_job_goes_on_until_the_run_is_complete(
+    tmp_path, files, signalled, status, requeued
+):
+    """The batch script, with stand-ins for SLURM's commands."""
+    tools = {"srun": SRUN, "scancel": "#!/bin/sh\ntouch told\n"}
+    tools["scontrol"] = '#!/bin/sh\necho "$@" >> calls\n'
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in files:
+        (tmp_path / name).touch()
+    job = heredoc(run("slurm", "--dry-run", "start", RUN_DIR=str(tmp_path)).stdout)
+    job = job.replace(f"cd {PODS.parents[1]}\n", "")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    child = subprocess.Popen(
+        ["bash", "-c", job], cwd=tmp_path, env={"PATH": path, "SLURM_JOB_ID": "7"}
+    )
+    if signalled:
+        wait_for("started", tmp_path / "calls")
+        child.terminate()
+    assert child.wait(timeout=60) == status
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["started", *(["requeue 7"] if requeued else [])]
+    assert not (tmp_path / "completed_7").exists()
 
 
 def test_several_processes_of_one_machine(tmp_path):
@@ -108,11 +242,7 @@ def test_statuses_and_signals_of_processes_are_passed_on(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    log = tmp_path / "logs" / "process_0.log"
-    deadline = time.monotonic() + 30
-    while not (log.exists() and "ready" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for("ready", tmp_path / "logs" / "process_0.log")
     child.terminate()
     output, _ = child.communicate(timeout=30)
     assert child.returncode == 3

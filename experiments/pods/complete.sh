@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs an experiment, and ends with status 0 only when the run is complete.
+#
+#   experiments/pods/complete.sh COMMAND ARGUMENT...
+#   experiments/pods/complete.sh python -m spark_jax.experiments.train_rl --config=configs/demo.py
+#
+# A run that is told to stop, by SIGTERM, which is passed on, saves and ends with status 0. What is
+# to start it again wants to see another one: 75, "try again".
+set -euo pipefail
+
+if [[ $# == 0 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+folder=$(mktemp -d)
+export SPARK_JAX_COMPLETED=$folder/completed
+
+"$@" &
+child=$!
+trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM
+code=0
+while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done
+
+if [[ -e $SPARK_JAX_COMPLETED ]]; then code=0; elif ((code == 0)); then code=75; fi
+rm -r "$folder"
+exit "$code"
