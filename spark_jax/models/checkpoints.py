@@ -91,7 +91,8 @@ def save_hf(
     Weights keep the parameters' dtype and go in files of at most `max_shard_bytes` (one tensor at
     least), one file in memory at a time. An export already in `path` is removed first; config.json
     comes last, so a folder that has it is complete. Of several processes all call it, and gather
-    tensor by tensor what the first one writes.
+    tensor by tensor what the first one writes; all return when it is there, or raise what kept the
+    first one from writing it.
 
     Args:
       params: stacked layers, in float32 or bfloat16.
@@ -107,18 +108,19 @@ def save_hf(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}; it must be at least 1")
     path = Path(path)
-    if processes.is_main():
-        path.mkdir(parents=True, exist_ok=True)
-        _remove_export(path)
+    processes.on_main(lambda: _make_room(path))
     _write_weights(path, params, config, max_shard_bytes)
-    if not processes.is_main():
-        return
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    generation = _generation(tokenizer, stop_ids)
-    _write_json(path / "generation_config.json", generation)
-    # transformers before 4.56 and older releases of vLLM read the first of both names.
-    _write_json(path / "config.json", {**hf, "torch_dtype": dtype, "dtype": dtype, **generation})
+
+    def write_texts() -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        generation = _generation(tokenizer, stop_ids)
+        _write_json(path / "generation_config.json", generation)
+        # transformers before 4.56 and older releases of vLLM read the first of both names.
+        names = {"torch_dtype": dtype, "dtype": dtype}
+        _write_json(path / "config.json", {**hf, **names, **generation})
+
+    processes.on_main(write_texts)
 
 
 def resolve(path_or_repo: str | Path) -> Path:
@@ -360,7 +362,9 @@ def _generation(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _remove_export(path: Path) -> None:
+def _make_room(path: Path) -> None:
+    """Makes the folder, and removes an export that is there."""
+    path.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", INDEX, WEIGHTS):
         (path / name).unlink(missing_ok=True)
     for shard in path.glob("model-*-of-*.safetensors"):
@@ -368,8 +372,6 @@ def _remove_export(path: Path) -> None:
 
 
 def _write_weights(path: Path, params: Params, config: ModelConfig, max_shard_bytes: int) -> None:
-    from safetensors.numpy import save_file
-
     arrays = _fields(params)
     places = hf_layout.places(config)
     itemsize = params.embedding.dtype.itemsize
@@ -385,18 +387,22 @@ def _write_weights(path: Path, params: Params, config: ModelConfig, max_shard_by
             array = _gathered(arrays[field] if layer is None else _layer(arrays[field], layer))
             if processes.is_main():
                 tensors[name] = leaf.to_hf(np.asarray(array))
-        if not processes.is_main():
-            continue
-        (path / file).touch()
-        mode = (path / file).stat().st_mode  # safetensors puts a file in its place for us alone
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        (path / file).chmod(mode)
-    if len(shards) > 1 and processes.is_main():
+        processes.on_main(functools.partial(_write_shard, path / file, tensors))
+    if len(shards) > 1:
         weight_map = {
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(path / INDEX, index)
+        processes.on_main(lambda: _write_json(path / INDEX, index))
+
+
+def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    file.touch()
+    mode = file.stat().st_mode  # safetensors puts a file in its place for us alone
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -89,11 +89,10 @@ class RunFolder:
         """Writes `summary.json`, whole or not at all.
 
         NumPy and JAX scalars are written as numbers, NaN and infinities, which JSON lacks, as
-        strings.
+        strings. Of several processes the first writes, and all return when it is there.
         """
         value = _json_value(_plain_scalars(summary), "summary")
-        if processes.is_main():
-            _write_json(self.path / "summary.json", value)
+        processes.on_main(lambda: _write_json(self.path / "summary.json", value))
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """One of two processes of test_processes.py: they exchange values and write checkpoints."""
 
+import contextlib
 import dataclasses
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from spark_jax.models import checkpoints, transformer
 from spark_jax.parallel import processes
 from spark_jax.parallel.mesh import make_mesh
 from spark_jax.parallel.sharding import named_shardings
+from spark_jax.training import run_folder
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.run_folder import OtherRun, RunFolder
@@ -129,8 +132,9 @@ def files(me, path):
         assert "a: 1 in the folder, 2 now" in str(error)  # noqa: PT017
     else:
         raise AssertionError("another configuration was taken")
-    folder.write_summary({"me": me})
-    processes.exchange(None)
+    with slowly(run_folder, "_write_json"):
+        folder.write_summary({"me": me})
+    assert (path / "summary.json").exists()
     assert folder.read_summary() == {"me": 0}
     rows = (path / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 1
@@ -150,12 +154,47 @@ def exported(me, path):
         places,
     )
     assert not spread.embedding.is_fully_addressable
-    checkpoints.save_hf(path, spread, config, max_shard_bytes=2000)
-    processes.exchange(None)
+    with slowly(checkpoints, "_write_json"):
+        checkpoints.save_hf(path, spread, config, max_shard_bytes=2000)
     back, _ = checkpoints.load(path)
     assert len(list(path.glob("*.safetensors"))) > 1
     for got, expected in zip(jax.tree.leaves(back), jax.tree.leaves(arrays), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@contextlib.contextmanager
+def slowly(module, name):
+    """What a module writes comes late; who goes on before it is there is found out."""
+    write = getattr(module, name)
+
+    def late(*args):
+        time.sleep(0.5)
+        write(*args)
+
+    setattr(module, name, late)
+    yield
+    setattr(module, name, write)
+
+
+def not_exported(me, path):
+    """What keeps the first process from writing ends both, at whichever file."""
+    config = dataclasses.replace(tiny_model.CONFIG, vocab_size=12)
+    params = tiny_model.params(config)
+
+    def full(*args):
+        assert me == 0
+        raise OSError(28, "No space left on device")
+
+    for name in ("_make_room", "_write_shard", "_write_json"):
+        whole = getattr(checkpoints, name)
+        setattr(checkpoints, name, full)
+        try:
+            checkpoints.save_hf(path, params, config)
+        except OSError as error:
+            assert "No space left" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(f"process {me} did not hear of it")
+        setattr(checkpoints, name, whole)
 
 
 def main():
@@ -172,6 +211,7 @@ def main():
     shared_checkpoints(me, path / "checkpoints")
     unreadable_for_one(me, path / "others")
     exported(me, path / "model")
+    not_exported(me, path / "none")
     processes.finish()
     print("all is well")
 
