@@ -90,6 +90,7 @@ def test_reference_slot_by_slot(heads, kv_heads):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(prefix_decode_attention_tpu, "_block", lambda tokens, _: min(tokens, 4))
+    monkeypatch.setattr(prefix_decode_attention_tpu, "_SLOTS", 2)
     prefix_decode_attention_tpu.prefix_decode_attention.clear_cache()
     yield
     prefix_decode_attention_tpu.prefix_decode_attention.clear_cache()
@@ -111,8 +112,9 @@ def test_kernel_equals_the_loop(shape):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("length", "columns"), [(8, 8), (9, 6)])
 def test_kernel_in_blocks(length, columns):
-    """Whole blocks and ragged ends, of prompt and own columns; lanes without a prompt."""
-    arguments = inputs(lanes=4, length=length, columns=columns)
+    """Whole blocks and ragged ends, of prompt and own columns; two parts of each lane's slots;
+    lanes without a prompt."""
+    arguments = inputs(lanes=4, slots=4, length=length, columns=columns)
     for lengths in ([0, length, 3, 5], [4, 1, 0, 8]):
         arguments["lengths"] = np.array(lengths, np.int32)
         assert_equal(kernel(**arguments), slot_by_slot(**arguments))
