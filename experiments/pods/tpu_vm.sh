@@ -30,22 +30,42 @@ if [[ $RUN_DIR != /* ]]; then FOLDER="\$HOME/$FOLDER"; fi
 tpu() { run gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 on() { tpu ssh --worker="$1" --command="$2"; }
 
+shared() { # refuses a RUN_DIR of which every host would have its own
+  if [[ -z $BUCKET && $RUN_DIR == bucket/* && ${ACCELERATOR##*-} -gt 8 ]]; then
+    echo "error: $ACCELERATOR is several hosts, which must all see RUN_DIR=$RUN_DIR, and BUCKET is not set; set BUCKET, or RUN_DIR to a folder that they share" >&2
+    exit 2
+  fi
+}
+
 create() {
+  shared
   tpu create --accelerator-type="$ACCELERATOR" --version="$VERSION" ${SPOT:+--spot}
 }
 
 setup() { # the committed tree, Python and libraries on every host; the bucket at ~/bucket
+  shared
   run git archive --format=tar.gz --output=/tmp/spark-jax.tar.gz HEAD
   run gcloud compute tpus tpu-vm scp /tmp/spark-jax.tar.gz "$NAME": --zone="$ZONE" --worker=all
   on all "mkdir -p spark-jax logs && tar xzf spark-jax.tar.gz -C spark-jax"
   on all "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --clear --python 3.11 venv && ~/.local/bin/uv pip install --python venv -c spark-jax/constraints.txt -e 'spark-jax[tpu]'"
   if [[ -n $BUCKET ]]; then
+    on all "command -v gcsfuse > /dev/null || { $GCSFUSE; }"
     on all "mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=1000000 $BUCKET bucket)"
   fi
 }
 
+# As Google says to install it; some images have it.
+GCSFUSE='curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null &&
+echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null &&
+sudo apt-get -o DPkg::Lock::Timeout=600 update && sudo apt-get -o DPkg::Lock::Timeout=600 install --yes gcsfuse'
+MOUNTED=
+if [[ -n $BUCKET ]]; then
+  MOUNTED="{ mountpoint -q bucket || { echo 'error: ~/bucket is not mounted; run setup' >&2; exit 1; }; } && "
+fi
+
 start() { # in the background, each host's output in ~/logs/$NAME.log
-  on all "cd spark-jax && (setsid nohup ~/venv/bin/python $(quoted "${arguments[@]}") --config.run_dir=$FOLDER >> ~/logs/$NAME.log 2>&1 < /dev/null & echo \$! > ~/$NAME.pid)"
+  shared
+  on all "${MOUNTED}cd spark-jax && (setsid nohup ~/venv/bin/python $(quoted "${arguments[@]}") --config.run_dir=$FOLDER >> ~/logs/$NAME.log 2>&1 < /dev/null & echo \$! > ~/$NAME.pid)"
 }
 
 watch() { on 0 "tail -n 50 -F logs/$NAME.log"; }

@@ -122,6 +122,36 @@ def test_an_open_quote_is_refused(script):
     assert "ARGS=--config.x='a: a quote is not closed" in done.stderr
 
 
+@pytest.mark.parametrize("action", ["create", "setup", "start"])
+def test_several_hosts_need_a_folder_that_all_of_them_see(action):
+    done = run("tpu_vm", "--dry-run", action, ACCELERATOR="v5litepod-16")
+    assert done.returncode == 2
+    assert "v5litepod-16 is several hosts" in done.stderr
+    for settings in ({"BUCKET": "b"}, {"RUN_DIR": "/nfs/run"}, {"ACCELERATOR": "v6e-8"}):
+        settings = {"ACCELERATOR": "v5litepod-16"} | settings
+        assert run("tpu_vm", "--dry-run", action, **settings).returncode == 0
+    assert run("tpu_vm", "--dry-run", "delete", ACCELERATOR="v5litepod-16").returncode == 0
+
+
+def test_the_bucket_is_mounted_before_a_run_starts():
+    """With gcsfuse, which is installed where it is missing; what hosts are sent is a script."""
+    text = run("tpu_vm", "--dry-run", "setup", "start", BUCKET="things").stdout
+    commands = [word for word in shlex.split(text) if word.startswith("--command=")]
+    for command in commands:
+        script = command.removeprefix("--command=")
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert any("command -v gcsfuse" in c and "install --yes gcsfuse" in c for c in commands)
+    assert "mountpoint -q bucket ||" in commands[-1]
+
+
+def test_an_image_has_no_environments_and_no_runs():
+    """What git ignores, docker ignores, and the history."""
+    ignored = (PODS.parents[1] / ".gitignore").read_text().split()
+    docker = (PODS.parents[1] / ".dockerignore").read_text().split("\n")[1:]
+    names = {name.strip("/").removesuffix("/").removeprefix("**/") for name in docker}
+    assert {name.strip("/") for name in ignored} | {".git"} <= names
+
+
 @pytest.mark.parametrize("script", ACTIONS)
 def test_without_dry_run_the_printed_commands_are_called(script, no_tools):
     folder, path = no_tools
