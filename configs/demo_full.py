@@ -34,7 +34,7 @@ NO_CHECKS: tuple[str, ...] = ()
 BETA, RATE = 0.05, 5e-4  # the demo's
 BETAS, RATES = (0.05, 0.2, 0.5, 1.0), (2.5e-4, 5e-4, 1e-3)
 FAR = (1e-3, 1.0)  # learning rate and β at which SPRO collapses
-VERIFIER_UPDATES = (200, 250, 300, 400)
+VERIFIER_UPDATES = (150, 200, 250, 300, 400)
 WEAK, EARLY = 200, 400  # of them: whose votes make the weak reward model; another π_ref
 CHECKS = ("one_boxed", "one_answer_block", "nothing_after_answer")
 

@@ -11,6 +11,8 @@ goes on where the first stopped. After every part it writes what has been found 
 from __future__ import annotations
 
 import json
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,8 @@ def stage1(config: Config, path: Path) -> list[Job]:
     problems."""
     study = config.study
     jobs = [_stage1_job(config, path / "stage1", seed) for seed in study.seeds]
-    for updates in study.verifier_updates:
-        for seed in fewer(config):
+    for seed in fewer(config):
+        for updates in study.verifier_updates:
             jobs.append(_early_verifier_job(config, path, seed, updates))
     for number in study.problem_counts:
         changes = {"generate.num_problems": number, "verify.methods": ("step_consistency",)}
@@ -127,7 +129,7 @@ def arm_config(config: Config, arm: Config, seed: int, path: Path) -> Config:
     fields = {name: value for name, value in _flat(arm).items() if name not in NOT_OF_RL}
     changes = {"seed": seed, **{f"rl.{name}": value for name, value in fields.items()}}
     if (updates := arm.get("reference_updates")) is not None:
-        changes["rl.reference_model"] = str(early_model(path, seed, updates))
+        changes["rl.reference_model"] = str(early_model(path, updates))
     if (asked := asked_model(config, arm)) is not None:
         changes["rl.reward_model"] = str(path / "prm" / asked / f"seed{seed}" / "model")
         changes["prm.kind"] = "prm_cot" if asked == WEAK else asked.split("/")[0]
@@ -255,28 +257,33 @@ def _stage1_job(
 def _early_verifier_job(config: Config, path: Path, seed: int, updates: int) -> Job:
     """The base's solutions, verified by a model pretrained for `updates` alone, which is made
     first."""
-    model = early_model(path, seed, updates)
+    model = early_model(path, updates)
     changes = {"verify.model": str(model), "verify.methods": VOTING}
     _, changed, folder = _stage1_job(config, model.parent, seed, changes)
 
     def run(config: Config, path: Path, on_progress: OnProgress) -> Any:
-        make_early_model(model, seed, updates)
+        with _MAKING[model]:
+            make_early_model(model, updates)
         return generate_verifications.run(config, path, on_progress)
 
     return run, changed, folder
 
 
-def early_model(path: Path, seed: int, updates: int) -> Path:
-    return path / "verifier" / f"updates_{updates}" / f"model{seed}"
+def early_model(path: Path, updates: int) -> Path:
+    """One for all seeds: another pretraining of as few updates can be another verifier by far."""
+    return path / "verifier" / f"updates_{updates}" / "model"
 
 
-def make_early_model(path: Path, seed: int, updates: int) -> None:
-    """The base's pretraining, of fewer updates and of this seed."""
+def make_early_model(path: Path, updates: int) -> None:
+    """The base's pretraining, of fewer updates."""
     if (path / "config.json").is_file():  # which is written last
         return
     settings = pretrain.PretrainSettings(steps=updates)
-    params, config = pretrain.pretrain(settings, seed=seed)
+    params, config = pretrain.pretrain(settings, seed=0)
     checkpoints.save_hf(path, params, config, load_tokenizer())
+
+
+_MAKING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # of seeds at once
 
 
 def _prm_job(config: Config, folder: Path, seed: int, kind: str, method: str, data: Path) -> Job:

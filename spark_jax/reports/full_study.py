@@ -339,8 +339,9 @@ def _verifier_table(found: Mapping[str, Any]) -> Table:
         (*columns, "step accuracy", "step accuracy, vote"),
         tuple(rows),
         (
-            "Updates: of the verifier's pretraining, with the study's seeds; solutions are the "
-            "base's, which is the last verifier and has one pretraining.",
+            "Updates: of the verifier's pretraining, one for all seeds; solutions are the base's, "
+            "which is the last verifier. Early in it chance decides much, and intervals are of "
+            "problems and samples alone.",
             "Detects, doubts: share of wrong, of right steps that are marked incorrect. Were all "
             "steps alike, a vote would detect fewer wrong steps than one verification that detects "
             "less than half of them.",

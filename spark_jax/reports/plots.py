@@ -128,7 +128,18 @@ def _draw_arms(arms: Mapping[str, Any], path: Path) -> Path:
             if metric in had
         ),
     ]
-    return _save(panels, 3, path, legend=(_over_seeds(arms), list(arms)))
+    panels = [partial(_close_up, panel=panel) for panel in panels]
+    title = f"{_over_seeds(arms)}; intervals may end outside the picture"
+    return _save(panels, 3, path, legend=(title, list(arms)))
+
+
+def _close_up(axes: Any, panel: Panel) -> None:
+    """The panel as high as its lines are: an interval over two seeds is many times wider."""
+    panel(axes)
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
+    if (values := values[np.isfinite(values)]).size:
+        margin = 0.1 * float(np.ptp(values)) or 0.05
+        axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
 def _over_seeds(arms: Mapping[str, Any]) -> str:

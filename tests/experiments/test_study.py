@@ -56,8 +56,8 @@ def early_models(monkeypatch):
     """Verifiers that can be read, for what has learned for five updates writes nothing that can."""
     made = []
 
-    def copies_the_base(path, seed, updates):
-        made.append((path.relative_to(path.parents[2]).as_posix(), seed, updates))
+    def copies_the_base(path, updates):
+        made.append((path.parent.name, updates))
         shutil.copytree(base.PATH, path, dirs_exist_ok=True)
 
     monkeypatch.setattr(study, "make_early_model", copies_the_base)
@@ -154,12 +154,10 @@ def test_a_study_resumes_and_says_what_its_runs_found(config, tmp_path, monkeypa
     assert weak["format_checks"] == []
 
     asked = json.loads((runs / "spro/judged/seed1/config.json").read_text())["rl"]
-    assert asked["reference_model"].endswith("verifier/updates_5/model1")
+    assert asked["reference_model"].endswith("verifier/updates_5/model")
     assert asked["reward_model"].endswith("prm/prm_cot/step_consistency/seed1/model")
 
-    assert set(early_models) == {
-        (f"updates_{updates}/model{seed}", seed, updates) for updates in (3, 5) for seed in (0, 1)
-    }
+    assert set(early_models) == {("updates_3", 3), ("updates_5", 5)}
     assert [row["updates"] for row in found["verifier"]] == [3, 5, "base"]
     row = found["verifier"][1]
     gain = np.subtract(row["voted_accuracy"]["per_seed"], row["accuracy"]["per_seed"])
@@ -224,16 +222,13 @@ def test_arms_of_no_part_are_named(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_early_model_is_made_once_and_by_its_seed(tmp_path):
-    paths = [study.early_model(tmp_path, seed, updates=2) for seed in (0, 1)]
-    for seed, path in enumerate(paths):
-        study.make_early_model(path, seed, updates=2)
-    weights = [(path / "model.safetensors").read_bytes() for path in paths]
-    assert weights[0] != weights[1]
-    assert launch.load_model(str(paths[0])).config.num_layers == 2
-    (paths[0] / "model.safetensors").write_bytes(b"kept")
-    study.make_early_model(paths[0], seed=0, updates=2)
-    assert (paths[0] / "model.safetensors").read_bytes() == b"kept"
+def test_an_early_model_is_made_once(tmp_path):
+    path = study.early_model(tmp_path, updates=2)
+    study.make_early_model(path, updates=2)
+    assert launch.load_model(str(path)).config.num_layers == 2
+    (path / "model.safetensors").write_bytes(b"kept")
+    study.make_early_model(path, updates=2)
+    assert (path / "model.safetensors").read_bytes() == b"kept"
 
 
 def test_an_arm_with_an_unknown_option_is_named(config, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from spark_jax.reports import full_study, plots
 
 SEEDS = (0, 1, 2)
+CLOSE = "intervals may end outside the picture"
 
 
 @pytest.fixture
@@ -170,5 +171,5 @@ def test_pictures_show_the_arms_that_are_asked_for_and_how_many_seeds_they_have(
     plots.draw_study(study_folder.collect(pictures), study_folder.path)
     assert legends == {
         "spro.png": ("3 seeds", ["grpo"]),
-        "spro_sweep.png": ("2 to 3 seeds", ["grpo", "far"]),
+        "spro_sweep.png": (f"2 to 3 seeds; {CLOSE}", ["grpo", "far"]),
     }
