@@ -10,13 +10,19 @@ import json
 import math
 import os
 import platform
+import socket
+import time
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from spark_jax.parallel import processes
 
+VISIBLE_WITHIN = 20.0  # seconds that a file system may take to show one host what another wrote
 SUBFOLDERS = ("checkpoints", "samples", "plots")
 
 
@@ -35,7 +41,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Any) -> RunFolder:
         """Creates the folder, or opens it to go on with the same run. Of several processes the
-        first does, and the others, which must see the same folder, wait for it.
+        first does, and the others wait for it and look whether it is the folder they see.
 
         `config` is a dict or ConfigDict of JSON values (tuples become lists); it is written,
         resolved, to `config.json`. `versions.json` names the Python, libraries, platform and device
@@ -46,9 +52,11 @@ class RunFolder:
           OtherRun: the folder holds a run with another configuration (each differing field is
             named), or results without a configuration.
           ValueError: `config` holds what is not JSON.
+          FileNotFoundError: another process does not see the folder that the first one made.
         """
         path, resolved = Path(path), _json_value(config, "config")
         resumed = processes.on_main(lambda: _make_or_check(path, resolved))
+        _check_shared(path)
         return cls(path=path, config=resolved, resumed=resumed)
 
     @functools.cached_property
@@ -103,8 +111,6 @@ def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
 def versions() -> dict[str, str]:
     """What a run's bits depend on besides its configuration. Starts the JAX backend."""
-    import jax
-
     device, mesh = jax.devices()[0], jax.sharding.get_mesh()
     spread = {"process_count": str(jax.process_count())} if jax.process_count() > 1 else {}
     if not mesh.empty:
@@ -134,6 +140,31 @@ def _make_or_check(path: Path, config: dict[str, Any]) -> bool:
         (path / name).mkdir(exist_ok=True)
     _record_versions(path / "versions.json")
     return resumed
+
+
+def _check_shared(path: Path) -> None:
+    """Raises, on every process, where one does not see what the first one writes."""
+    if jax.process_count() == 1:
+        return
+    token = path / f".shared-{processes.on_main(lambda: uuid.uuid4().hex)}"
+    processes.on_main(token.touch)
+
+    def look() -> None:
+        end = time.monotonic() + VISIBLE_WITHIN
+        while not token.exists():
+            if time.monotonic() > end:
+                raise FileNotFoundError(
+                    f"process {jax.process_index()}, on {socket.gethostname()}, does not see in "
+                    f"{path.absolute()} what process 0 wrote there; run_dir must be a folder that "
+                    "all hosts share, under the same name"
+                )
+            time.sleep(0.1)
+
+    try:
+        processes.on_own(look)
+    finally:
+        if processes.is_main():
+            token.unlink(missing_ok=True)
 
 
 def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:
