@@ -109,9 +109,9 @@ def fine_tune(
     )
     keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every}
     with (
+        Watch() as watch,
         Checkpoints(folder.checkpoints, **keep) as saved,
         MetricsWriter(folder.path) as metrics,
-        Watch() as watch,
     ):
         restored = saved.restore_latest(train)
         if restored is not None:
@@ -130,7 +130,7 @@ def fine_tune(
                 saved.save(step, train, folder.identity | {"data": {"seed": seed, "batch": step}})
             if on_progress:
                 on_progress(step, section.steps)
-            if stop and not last:
+            if stop:
                 saved.wait()
                 raise Preempted(0)
     return train.params, counts | {"skipped_updates": int(train.skipped)}

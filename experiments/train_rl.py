@@ -138,9 +138,9 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
     keep = {"keep": config.rl.keep_checkpoints, "keep_every": config.rl.keep_every}
     with (
+        Watch() as watch,
         Checkpoints(folder.checkpoints, **keep) as saved,
         MetricsWriter(path) as metrics,
-        Watch() as watch,
     ):
         train, reference, done = restore(setting, saved, train, reference)
         log = Log(setting, metrics, done)
@@ -163,7 +163,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 saved.save(step, to_save(config, train, reference), at)
             if on_progress:
                 on_progress(step, config.rl.steps)
-            if stop and not last:
+            if stop:
                 saved.wait()
                 raise Preempted(0)
 

@@ -3,6 +3,9 @@
 A machine that is taken away says so with SIGTERM some time before (Kubernetes and preemptible VMs:
 30 seconds; SLURM: as `--signal` asks). A run that heard it saves and ends with status 0; started
 again, it goes on from there, bit for bit.
+
+Several processes save together, at the end of the step under way: the grace period must outlast a
+step. Where it does not, a run goes on from its last checkpoint; `save_every` says how old that is.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+
+import jax
 
 from spark_jax.parallel import processes
 
@@ -61,12 +66,17 @@ def grace_seconds() -> float:
 
 
 class Watch:
-    """A training run that wants to save before it ends. A context manager around its loop.
+    """A training run that wants to save before it ends. A context manager around its loop and the
+    checkpoints that it closes; where the run was told to end, it raises `Preempted` as it is
+    entered, and as it is left without another error.
 
     The first half of the grace period is for the step under way: `asked`, at its end, says that it
     is to be the last. If it is not over by then, what it began with (`hold`) is saved on another
     thread, and the process ends; an update, which takes over the memory of the state, is waited
     for. Before the first `hold` or `release` there is nothing to save.
+
+    Several processes always wait for the end of the step. To save earlier they would have to hold
+    the same state, which none of them knows of the others while a step is under way.
     """
 
     def __init__(self) -> None:
@@ -98,6 +108,8 @@ class Watch:
         return True
 
     def __enter__(self) -> Watch:
+        if self.asked():  # another run of this process, before
+            raise Preempted(0)
         _watches.append(self)
         return self
 
@@ -109,6 +121,8 @@ class Watch:
     ) -> None:
         with self._lock:
             _watches.remove(self)
+        if error is None and self.asked():
+            raise Preempted(0)
 
 
 _heard = threading.Event()
@@ -118,9 +132,12 @@ _watches: list[Watch] = []  # of several runs, where a pipeline has several thre
 def _hear(ear: socket.socket, grace: float) -> None:
     while ear.recv(1)[0] != signal.SIGTERM:
         pass
+    _heard.set()  # before the look at the watches: one that is gone by then has not seen it
     if not _watches:
         os._exit(128 + signal.SIGTERM)  # as a shell says it
-    _heard.set()
+    if jax.process_count() > 1:
+        logger.warning("SIGTERM: all processes save at the end of the step")
+        return
     deadline = time.monotonic() + grace / 2
     while _watches and time.monotonic() < deadline:
         time.sleep(0.05)

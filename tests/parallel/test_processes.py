@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import several
 
 from spark_jax.parallel import processes
 from spark_jax.parallel.processes import (
@@ -92,6 +93,9 @@ def test_several_processes(tmp_path):
         )
         for index in range(2)
     ]
-    said = [process.communicate()[0] for process in started]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        several.end(started)
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     assert all("all is well" in text for text in said)

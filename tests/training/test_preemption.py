@@ -18,6 +18,7 @@ CASES = {
     "cannot_save": (1, {}),
     "two_runs": (0, {"one": "saved", "other": "saved"}),
     "before_the_first_step": (0, {}),
+    "in_the_last_step": (0, {"saved": "the step"}),
     "busy": (0, {"saved": "what the step began with"}),
 }
 

@@ -63,6 +63,20 @@ def before_the_first_step(folder):
         time.sleep(60)
 
 
+def in_the_last_step(folder):
+    """Nobody asks any more: the end of the watch says so, once all is written, and the next run."""
+    try:
+        with preemption.Watch() as watch:
+            watch.release()
+            time.sleep(1.5)
+            (folder / "saved").write_text("the step")
+        (folder / "exported").touch()
+    except preemption.Preempted as end:
+        assert end.code == 0  # noqa: PT017
+    with preemption.Watch():
+        (folder / "went_on").touch()
+
+
 def busy(folder):
     """In code that gives the interpreter no chance to run a handler, as a program on a device."""
     with preemption.Watch() as watch:
