@@ -136,7 +136,7 @@ def _draw_arms(arms: Mapping[str, Any], path: Path) -> Path:
 def _close_up(axes: Any, panel: Panel) -> None:
     """The panel as high as its lines are: an interval over two seeds is many times wider."""
     panel(axes)
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
+    values = np.concatenate([np.zeros(0), *(np.array(x.get_ydata(), float) for x in axes.lines)])
     if (values := values[np.isfinite(values)]).size:
         margin = 0.1 * float(np.ptp(values)) or 0.05
         axes.set_ylim(values.min() - margin, values.max() + margin)
