@@ -45,15 +45,19 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     path = shard_folder(config, path)
     config = launch.sub_config(config, "generate", "verify")
     task = launch.load_task(config)
+    problems = shard_of(config, all_problems(config, task))  # before a folder is made
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
-    problems = shard_of(config, all_problems(config, task))
 
     model = launch.load_text_model(config, config.generate.model or config.model)
 
-    def generate(sample: Sample) -> list[Solution]:
-        return generate_solutions(
+    # Process 0's; the others have no use for them, and a record of each response is a lot to send.
+    solutions: list[Solution] = []
+    verified: list[VerifiedSolution] = []
+
+    def generate(sample: Sample) -> None:
+        solutions[:] = generate_solutions(
             sample,
             problems,
             launch.for_model(task, model.tokenizer, config).text_format,
@@ -66,13 +70,13 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
         )
 
-    solutions = processes.lead(generate, text_sampler(model, launch.decode_options(config)))
+    processes.lead(generate, text_sampler(model, launch.decode_options(config)))
     if (verifier := config.verify.model or config.model) != model.name:
         del model  # there need not be room for both
         model = launch.load_text_model(config, verifier)
 
-    def verify(sample: Sample) -> list[VerifiedSolution]:
-        return verify_solutions(
+    def verify(sample: Sample) -> None:
+        verified[:] = verify_solutions(
             sample,
             problems,
             solutions,
@@ -87,7 +91,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
         )
 
-    verified = processes.lead(verify, text_sampler(model, launch.decode_options(config)))
+    processes.lead(verify, text_sampler(model, launch.decode_options(config)))
     return finish(config, task, folder, problems, solutions, verified)
 
 
@@ -99,15 +103,20 @@ def finish(
     solutions: Sequence[Solution],
     verified: Sequence[VerifiedSolution],
 ) -> dict[str, Any]:
-    """Writes and returns the summary of a run whose records are all there."""
-    labelled = tasks.with_labels(task, problems, solutions)
-    summary = {
-        "num_problems": len(problems),
-        "num_solutions": len(solutions),
-        "data": task.data_counts("train"),
-        "methods": report(verified, labelled),
-        "by_sample_count": by_sample_count(config, verified, labelled),
-    }
+    """Writes and returns the summary of a run whose records are all there: on process 0; those that
+    other processes give are not looked at."""
+
+    def summarised() -> dict[str, Any]:
+        labelled = tasks.with_labels(task, problems, solutions)
+        return {
+            "num_problems": len(problems),
+            "num_solutions": len(solutions),
+            "data": task.data_counts("train"),
+            "methods": report(verified, labelled),
+            "by_sample_count": by_sample_count(config, verified, labelled),
+        }
+
+    summary = processes.on_main(summarised)
     folder.write_summary(summary)
     if processes.is_main():
         num_samples = config.verify.samples_per_solution

@@ -33,11 +33,13 @@ from ml_collections import config_flags
 
 from spark_jax import decoding, tokenizers
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+from spark_jax.configs.model_shapes import MODEL_SHAPES
 from spark_jax.data import tasks
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.evaluation.benchmarks import ANSWER_FROM
 from spark_jax.experiments import progress
 from spark_jax.models import checkpoints, transformer
+from spark_jax.models import config as model_config
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import mesh as meshes
 from spark_jax.parallel import processes
@@ -76,14 +78,12 @@ def main(
         for check in (check_common, *checks):
             check(flag.value)
         path = Path(flag.value.run_dir)
-        # Where nothing is trained, SIGTERM finds on disk all that is to be saved.
-        with preemption.Watch():
-            if unit is None:
-                run(flag.value, path)
-            else:
-                with progress.shown(str(path), unit) as on_progress:
-                    run(flag.value, path, on_progress)
-            processes.finish()
+        if unit is None:
+            run(flag.value, path)
+        else:
+            with progress.shown(str(path), unit) as on_progress:
+                run(flag.value, path, on_progress)
+        processes.finish()
         note_completion()
 
     def guarded(arguments: Sequence[str]) -> None:
@@ -179,18 +179,18 @@ def check_common(config: Config) -> None:
 
 
 def check_mesh(config: Config, field: str, name: str, rows: int | None = None) -> None:
-    """`config.mesh` against the devices, the shape of a model, and the rows of a batch that are to
-    be spread. Hub ids are looked at when they are loaded, before their weights are."""
+    """`config.mesh` against the devices, the rows of a batch that are to be spread, and the shape
+    of a model. Shapes of hub ids are those of `configs/model_shapes.py`; of a model that is not
+    there either, when it is loaded, before its weights are."""
     mesh = make_mesh(config)
     if mesh is None:
         return
-    if (model_config := _known_config(name)) is not None:
-        of = f"mesh and {field}={name!r}"
-        _refuse(of, lambda: meshes.check_fits(mesh, batch=rows, config=model_config))
+    of, shape = f"mesh and {field}={name!r}", _known_config(name)
+    _refuse(of, lambda: meshes.check_fits(mesh, batch=rows, config=shape))
 
 
-def check_stage1(config: Config) -> None:
-    """`config.generate` and `config.verify`."""
+def check_stage1(config: Config, *, on_mesh: bool = True) -> None:
+    """`config.generate` and `config.verify`; `on_mesh` says whether models are to be loaded."""
     if not config.verify.methods:
         raise ConfigError(f"verify.methods is empty; choose from {sorted(AGGREGATIONS)}")
     for method in config.verify.methods:
@@ -204,7 +204,8 @@ def check_stage1(config: Config) -> None:
         _sampling(config, section)
         if config[section].model is not None:
             _model_exists(f"{section}.model", config[section].model)
-        check_mesh(config, f"{section}.model", config[section].model or config.model)
+        if on_mesh:
+            check_mesh(config, f"{section}.model", config[section].model or config.model)
 
 
 def check_shard(config: Config) -> None:
@@ -615,14 +616,14 @@ def _model_exists(field: str, name: str) -> None:
 
 
 def _known_config(name: str) -> ModelConfig | None:
-    """The shape of a model that is here already, None of one that is not."""
+    """The shape of a model that is here already or well known, None of another one."""
     if name == "arithmetic_chains":
         from spark_jax.data.arithmetic_chains import base
 
         return checkpoints.read_config(base.PATH)
-    if name != SMOLLM2 and not Path(name).exists():
-        return None
-    return checkpoints.read_config(model_path(name))
+    if name == SMOLLM2 or Path(name).exists():
+        return checkpoints.read_config(model_path(name))
+    return model_config.from_hf(MODEL_SHAPES[name]) if name in MODEL_SHAPES else None
 
 
 def _end_among_others(error: Exception) -> NoReturn:

@@ -6,7 +6,8 @@
 Reads `runs/stage1/shard_<i>_of_<n>/`, which must be all there, finished, and made with the same
 configuration; writes `solutions.jsonl`, `verified.jsonl` and `summary.json` to `runs/stage1/`,
 where `train_prm` finds them. A record that is there twice, as two jobs on one part leave it, counts
-once.
+once. No model is loaded and no mesh is made, so any one machine does: on a TPU host, which would
+wait for the others of its slice, with JAX_PLATFORMS=cpu.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
       OtherRun: a shard was made with another configuration, with the fields that differ.
       ConfigError: shards of two different divisions, or two records of one key that differ.
     """
-    launch.check_stage1(config)
+    check_config(config)
     config = launch.changed(
         launch.sub_config(config, "generate", "verify"), {"generate.shard": (0, 1)}
     )
@@ -64,6 +65,11 @@ def run(config: Config, path: Path) -> dict[str, Any]:
         (path / name).unlink(missing_ok=True)  # of a merge that was cut off
         append_jsonl(path / name, records)
     return finish(config, task, folder, problems, solutions, verified)
+
+
+def check_config(config: Config) -> None:
+    """As of stage I, but for the mesh, whose devices need not be here."""
+    launch.check_stage1(config, on_mesh=False)
 
 
 def find(path: Path) -> list[Path]:
@@ -132,4 +138,4 @@ def joined(
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_stage1)
+    launch.main(run, check_config)

@@ -51,24 +51,26 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     return Mesh(np.asarray(array), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_fits(mesh: Mesh | AbstractMesh, *, batch: int | None, config: ModelConfig) -> None:
+def check_fits(mesh: Mesh | AbstractMesh, *, batch: int | None, config: ModelConfig | None) -> None:
     """Refuses a mesh that does not divide what is to be spread over it.
 
     `batch` is the rows of a batch, or of a micro-batch where gradients are accumulated; None checks
-    the model alone. KV heads fewer than `tensor` are held by every device whole.
+    the model alone, and `config` None the batch alone. KV heads fewer than `tensor` are held by
+    every device whole.
 
     Raises:
       ValueError: naming every length that its mesh axes do not divide, with both numbers and the
         sizes that would do.
     """
-    lengths = {
-        ("batch", "batch"): batch,
-        ("heads", "num_heads"): config.num_heads,
-        ("kv_heads", "num_kv_heads"): config.num_kv_heads,
-        ("mlp", "mlp_width"): config.mlp_width,
-        ("vocab", "vocab_size"): config.vocab_size,
-        ("width", "width"): config.width,
-    }
+    lengths: dict[tuple[str, str], int | None] = {("batch", "batch"): batch}
+    if config is not None:
+        lengths |= {
+            ("heads", "num_heads"): config.num_heads,
+            ("kv_heads", "num_kv_heads"): config.num_kv_heads,
+            ("mlp", "mlp_width"): config.mlp_width,
+            ("vocab", "vocab_size"): config.vocab_size,
+            ("width", "width"): config.width,
+        }
     wrong = []
     for (name, label), length in lengths.items():
         axes = RULES[name] or ()

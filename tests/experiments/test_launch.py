@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from spark_jax.experiments import launch, pipeline, study
+from spark_jax.experiments import launch, merge_verifications, pipeline, study
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,36 @@ def test_a_reward_that_judges_needs_a_reward_model_before_anything_is_loaded():
     launch.check_rl(launch.changed(config, {"rl.reward": "rule_based"}))
 
 
+def over(monkeypatch, devices):
+    """A machine with so many devices, which need not be here."""
+    one = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda: [one] * devices)
+
+
+@pytest.mark.parametrize(
+    ("file", "devices", "changes", "message"),
+    [
+        ("spark_qwen25_1_5b", 16, {}, r"prm.model='Qwen/.*batch=8 over data\*fsdp=16 .*\[1, 2, 4,"),
+        ("spark_qwen25_1_5b", 8, {}, None),
+        ("spark_qwen25_1_5b", 16, {"prm.accumulation_steps": 2}, None),
+        ("spark_qwen25_1_5b", 16, {"prm.model": "owner/unknown"}, "batch=8 over"),
+        ("spark_qwen25_1_5b", 8, {"rl.pack": False, "rl.accumulation_steps": 128}, "batch=4 over"),
+        ("spark_qwen25_math_7b", 64, {"mesh.tensor": 8}, "mesh and model='Qwen/.*num_heads=28 ov"),
+        ("spark_qwen25_math_7b", 64, {"mesh.tensor": 4}, None),
+    ],
+)
+def test_models_of_the_hub_are_checked_against_the_mesh_before_they_are_fetched(
+    monkeypatch, file, devices, changes, message
+):
+    over(monkeypatch, devices)
+    config = launch.changed(launch.load_config(f"configs/{file}.py"), changes)
+    if message is None:
+        pipeline.check(config)
+    else:
+        with pytest.raises(launch.ConfigError, match=message):
+            pipeline.check(config)
+
+
 def check_all(config):
     launch.check_common(config)
     pipeline.check(config)
@@ -103,7 +134,8 @@ def check_all(config):
 
 def documented_commands():
     """Every command of the docstrings and the README that starts an experiment."""
-    files = [*Path("experiments").glob("*.py"), *Path("configs").glob("*.py"), Path("README.md")]
+    pages = (Path("README.md"), Path("docs/pods.md"))
+    files = [*Path("experiments").glob("*.py"), *Path("configs").glob("*.py"), *pages]
     pattern = re.compile(r"python -m spark_jax\.experiments\.(\w+)((?:[^\n`]*\\\n)*[^\n`]*)")
     for file in files:
         for name, rest in pattern.findall(file.read_text()):
@@ -132,7 +164,7 @@ def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkey
         "train_rl": launch.check_rl,
         "evaluate": launch.check_evaluate,
         "pipeline": pipeline.check,
-        "merge_verifications": launch.check_stage1,
+        "merge_verifications": merge_verifications.check_config,
         "study": study.check,
         "compile_for_pod": launch.check_common,  # its mesh is one of devices that are not here
     }

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from spark_jax.experiments import generate_verifications, launch, merge_verifications, train_prm
+from spark_jax.parallel import processes
 from spark_jax.training.run_folder import OtherRun
 
 FILES = ("solutions.jsonl", "verified.jsonl", "summary.json", "config.json")
@@ -117,3 +118,17 @@ def test_impossible_shards_are_refused(config, shard):
 def test_more_shards_than_blocks_are_refused(config, tmp_path):
     with pytest.raises(launch.ConfigError, match=r"7 problems are 4 blocks of 2.*at most 4 shards"):
         generate_verifications.run(part(config, 0, 5), tmp_path)
+    assert not any(tmp_path.iterdir())  # a folder of 5 parts would stop others from being merged
+
+
+def test_parts_are_merged_without_the_devices_they_were_made_on(config, whole, parts):
+    merge_verifications.run(launch.changed(config, {"mesh.fsdp": 16, "mesh.tensor": 4}), parts)
+    for name in FILES:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_on_a_tpu_host_one_process_can_merge(monkeypatch):
+    """By default it would wait for the other hosts of the slice."""
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    assert processes.arguments({}) == {}
+    assert processes.arguments({"JAX_PLATFORMS": "cpu"}) is None
