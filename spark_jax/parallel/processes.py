@@ -11,6 +11,7 @@ import functools
 import glob
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ PROCESS_ID = "SPARK_JAX_PROCESS_ID"
 
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as dead
 SHUTDOWN_TIMEOUT = 15  # seconds that a process which ends waits for the others; see `finish`
+LARGEST_EXCHANGE = 2**30  # bytes, of all processes together: every device holds them for a moment
 
 _WHOLE_GATHERS = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 
@@ -58,6 +60,9 @@ def start() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
     )
+    # The first collective connects them, for which the CPU's have 30 seconds; later ones may come
+    # as far apart as they like, as when each has loaded its model.
+    exchange(None)
 
 
 def tpu_flags(environment: Mapping[str, str]) -> str:
@@ -88,19 +93,17 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+class TooLarge(ValueError):
+    """More is to be exchanged than should go through the devices. Raised on every process."""
+
+
 def exchange(value: T) -> list[T]:
     """Every process's value, by process, on every process. Values are pickled: small ones, and none
-    that hold device arrays. All processes call it; so it is a barrier too."""
+    that hold device arrays. All processes call it; so it is a barrier too. TooLarge, on all, for
+    values of more than `LARGEST_EXCHANGE` bytes."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental import multihost_utils
-
-    own = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(own)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(own)] = own
-    rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    return [pickle.loads(pickled) for pickled in _gather(pickle.dumps(value))]
 
 
 def on_main(make: Callable[[], T]) -> T:
@@ -113,16 +116,18 @@ def on_own(make: Callable[[], T]) -> list[T]:
     """What `make` gives on every process, on every process; what any raises is raised on all."""
     if jax.process_count() == 1:
         return [make()]
-    made: _Returned | _Raised
+    own_error: Exception | None = None
     try:
-        made = _Returned(make())
+        made = pickle.dumps(_Returned(make()))
     except Exception as error:  # the others must not wait for what will not come
-        made = _Raised(error)
-    everyone = exchange(made)
-    for one in everyone:
+        own_error, made = error, pickle.dumps(_raised(error))
+    everyone = [pickle.loads(pickled) for pickled in _gather(made)]
+    for index, one in enumerate(everyone):
         if isinstance(one, _Raised):
+            if index == jax.process_index() and own_error is not None:
+                raise own_error
             raise one.error
-    return [one.result for one in everyone if isinstance(one, _Returned)]
+    return [one.result for one in everyone]
 
 
 def any_of(flag: bool) -> bool:
@@ -143,7 +148,8 @@ def lead(work: Callable[..., T], *calls: Callable[..., Any]) -> T:
 
     For work on text, whose files and whose answers from graders one process should see, around
     functions that all processes must run together, such as sampling. The result is on every
-    process. Arguments of the calls are pickled; with one process, this is `work(*calls)`.
+    process: a small one; what is large stays where `work` puts it, on process 0 or on disk.
+    Arguments of the calls are pickled; with one process, this is `work(*calls)`.
     """
     if jax.process_count() == 1:
         return work(*calls)
@@ -156,10 +162,13 @@ def lead(work: Callable[..., T], *calls: Callable[..., Any]) -> T:
 
     try:
         result = work(*(functools.partial(announced, i) for i in range(len(calls))))
-    except Exception as error:
-        exchange(_Raised(error))
+        said = pickle.dumps(_Returned(result))
+    except TooLarge:  # the others know
         raise
-    exchange(_Returned(result))
+    except Exception as error:
+        _gather(pickle.dumps(_raised(error)))
+        raise
+    _gather(said)
     return result
 
 
@@ -180,6 +189,37 @@ class _Returned(NamedTuple):
 
 class _Raised(NamedTuple):
     error: Exception
+
+
+def _raised(error: Exception) -> _Raised:
+    """The error as others can raise it: as text, where it does not survive being pickled."""
+    try:
+        back = pickle.loads(pickle.dumps(error))
+        if type(back) is type(error) and str(back) == str(error):
+            return _Raised(error)
+    except Exception:  # whatever a class's own __init__ or __reduce__ makes of it
+        pass
+    trace = "".join(traceback.format_exception(error))
+    where = f"process {jax.process_index()}"
+    return _Raised(RuntimeError(f"{type(error).__name__} on {where}: {error}\n{trace}"))
+
+
+def _gather(own: bytes) -> list[bytes]:
+    """Every process's bytes, by process. TooLarge, on all, where they are too many."""
+    from jax.experimental import multihost_utils
+
+    sizes = multihost_utils.process_allgather(np.int32(min(len(own), np.iinfo(np.int32).max)))
+    longest = int(sizes.argmax())
+    if int(sizes[longest]) * len(sizes) > LARGEST_EXCHANGE:
+        raise TooLarge(
+            f"process {longest} has {sizes[longest]} bytes for each of {len(sizes)} processes; "
+            f"exchange at most {LARGEST_EXCHANGE} bytes in all, and let the rest go through files "
+            "or stay where it is"
+        )
+    padded = np.zeros(int(sizes[longest]), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _follow(calls: Sequence[Callable[..., Any]]) -> Any:

@@ -9,6 +9,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 from spark_jax.data import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
+from spark_jax.parallel import processes
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 
@@ -31,6 +32,15 @@ def test_stage1_resumes_to_the_same_files(tiny, stage1, tmp_path, calls):
     generate_verifications.run(tiny, tmp_path)
     for name in ("solutions.jsonl", "verified.jsonl", "summary.json"):
         assert (tmp_path / name).read_bytes() == (stage1 / name).read_bytes()
+
+
+def test_stage1_sends_no_records_to_other_processes(tiny, tmp_path, monkeypatch):
+    """They would be gigabytes: what `lead` returns goes to every process."""
+    lead, sent = processes.lead, []
+    monkeypatch.setattr(processes, "lead", lambda *given: sent.append(lead(*given)))
+    config = launch.changed(tiny, {"verify.methods": ("single",)})
+    assert generate_verifications.run(config, tmp_path)["num_solutions"] == 8
+    assert sent == [None, None]
 
 
 def test_reference_free_verifications_do_not_see_references(tiny, tmp_path, monkeypatch):

@@ -54,6 +54,65 @@ def errors_are_everyones(me):
         raise AssertionError(f"process {me} did not hear of it")
 
 
+class Fragile(Exception):
+    """Its arguments are not those it was made with: it cannot be unpickled."""
+
+    def __init__(self, code, place):
+        super().__init__(f"failed with {code} at {place}")
+
+
+def errors_that_do_not_pickle(me):
+    """The others have the type, the message and where it was; the process itself has the error."""
+
+    def fail(of):
+        if me == of:
+            raise Fragile(7, "the end")
+
+    for index, call in enumerate(
+        (
+            lambda: processes.on_main(lambda: fail(0)),
+            lambda: processes.on_own(lambda: fail(1)),
+            lambda: processes.lead(lambda: fail(0)),
+            lambda: processes.on_main(lambda: lambda: None),  # a result that does not pickle
+            lambda: processes.lead(lambda: lambda: None),
+        )
+    ):
+        try:
+            call()
+        except Exception as error:
+            said = repr(error)
+            if index < 3:
+                assert "failed with 7 at the end" in said, said
+                own = me == (1 if index == 1 else 0)
+                assert isinstance(error, Fragile if own else RuntimeError), said  # noqa: PT017
+                assert own or ("Fragile on process" in said and "together.py" in said), said
+            else:
+                assert "pickle" in said, said
+        else:
+            raise AssertionError(f"process {me} did not hear of {index}")
+
+
+def too_large(me):
+    """Refused by all, wherever it came from, and they go on together."""
+    whole, processes.LARGEST_EXCHANGE = processes.LARGEST_EXCHANGE, 2**16
+    large = b"x" * 2**16
+    for call in (
+        lambda: processes.exchange(large if me == 1 else None),
+        lambda: processes.on_main(lambda: large),
+        lambda: processes.share([1, 2], lambda part: [large]),
+        lambda: processes.lead(lambda send: large, lambda x: None),
+        lambda: processes.lead(lambda send: send(large), lambda x: None),
+    ):
+        try:
+            call()
+        except processes.TooLarge as error:
+            assert "exchange at most 65536 bytes in all" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(f"process {me} took it")
+    assert processes.exchange(me) == [0, 1]
+    processes.LARGEST_EXCHANGE = whole
+
+
 def led(me):
     """The second process follows, and has the result."""
     calls = []
@@ -238,14 +297,20 @@ def not_exported(me, path):
 
 def main():
     path = Path(sys.argv[1])
+    exchange, met = processes.exchange, []
+    processes.exchange = lambda value: met.append(value) or exchange(value)
     processes.start()
     processes.start()  # the second call does nothing
+    assert met == [None]  # one collective, before anything sets them apart
+    processes.exchange = exchange
     me = jax.process_index()
     assert jax.process_count() == 2
     with jax.set_mesh(make_mesh({"data": 2})):
         exchanged(me)
         led(me)
         errors_are_everyones(me)
+        errors_that_do_not_pickle(me)
+        too_large(me)
         files(me, path / "run")
         not_shared(me, path)
     shared_checkpoints(me, path / "checkpoints")
