@@ -17,6 +17,7 @@ import numpy as np
 from spark_jax.parallel import processes
 
 _RESERVED = ("step", "wall_time", "cpu_time", "seconds", "non_finite")
+SECONDS_BETWEEN_SYNCS = 1.0  # a bucket takes no more of one object
 
 
 class MetricsWriter:
@@ -27,6 +28,9 @@ class MetricsWriter:
     infinity: such a value is written as null and named in the row's `non_finite`; `read_metrics`
     puts it back. Several rows may share a step. Use as a context manager, or call `close`. Of
     several processes only the first writes.
+
+    A row is on the disk, or in the bucket that is mounted there, when `scalars` returns, but for
+    rows that follow within `SECONDS_BETWEEN_SYNCS` of another: those come with the next one.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool = True) -> None:
@@ -47,7 +51,8 @@ class MetricsWriter:
         """Drops every row of a later step than `step`, the one a resumed run restored; clocks go on
         from the last row left. TensorBoard hides the dropped events as well.
 
-        Returns how many rows were dropped.
+        Returns how many rows were dropped. Warns, with file and step, where the step's own row is
+        missing, as a machine that was taken away leaves it.
         """
         if self._events is not None:
             raise ValueError("truncate_after must come before the first TensorBoard event")
@@ -55,6 +60,12 @@ class MetricsWriter:
             return 0
         lines = _complete_lines(self.path)
         kept = [line for line in lines if json.loads(line)["step"] <= step]
+        if step > 0 and step not in (there := [json.loads(line)["step"] for line in kept]):
+            warnings.warn(
+                f"{self.path} has no row of step {step}, from which the run goes on: rows after "
+                f"step {max(there, default=0)} were lost with the machine that wrote them",
+                stacklevel=2,
+            )
         self._purge_step = step + 1
         self._reopen(kept)
         return len(lines) - len(kept)
@@ -86,6 +97,8 @@ class MetricsWriter:
             row["non_finite"] = non_finite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
+            self._sync()
         if self._with_tensorboard:
             timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
             for name, value in (values | timed).items():
@@ -104,7 +117,8 @@ class MetricsWriter:
             self._tensorboard().add_text(name, text, int(step))
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            self._sync()
             self._file.close()
         if self._events is not None:
             self._events.close()
@@ -120,12 +134,20 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(lines))
+        with temporary.open("w") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self.path)
         last = json.loads(lines[-1]) if lines else {"wall_time": 0.0, "cpu_time": 0.0}
         self._wall_origin = time.monotonic() - last["wall_time"]
         self._cpu_origin = time.process_time() - last["cpu_time"]
-        self._file = self.path.open("a")
+        self._file, self._synced = self.path.open("a"), -math.inf
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def _tensorboard(self) -> Any:
         if self._events is None:

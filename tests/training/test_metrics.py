@@ -1,9 +1,12 @@
 import json
+import os
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spark_jax.training import metrics
 from spark_jax.training.metrics import MetricsWriter, read_metrics
 
 
@@ -53,6 +56,37 @@ def test_truncation_leaves_no_duplicate_rows(tmp_path):
             writer.scalars(step, {"loss": 10 * step})
     assert steps(writer.path) == [1, 2, 3, 3, 4, 5]
     assert [r.get("loss") for r in read_metrics(writer.path)] == [1, 2, 3, None, 40, 50]
+
+
+def test_rows_are_synced_but_not_more_often_than_a_bucket_takes(tmp_path, monkeypatch):
+    """What is only flushed is lost with the machine: in a bucket, all since the file was opened."""
+    on_disk = []
+    monkeypatch.setattr("os.fsync", lambda file: on_disk.append(os.fstat(file).st_size))
+    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_SYNCS", 0.0)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2):
+            writer.scalars(step, {"loss": step})
+            assert on_disk[-1] == writer.path.stat().st_size
+        monkeypatch.setattr(metrics, "SECONDS_BETWEEN_SYNCS", 60.0)
+        before = len(on_disk)
+        for step in (3, 4):
+            writer.scalars(step, {"loss": step})
+        assert len(on_disk) == before
+    assert on_disk[-1] == writer.path.stat().st_size
+
+
+def test_a_lost_row_of_the_restored_step_is_said(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2):
+            writer.scalars(step, {"loss": step})
+    lost = r"metrics\.jsonl has no row of step 4, .* rows after step 2 were lost"
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        with pytest.warns(UserWarning, match=lost):
+            writer.truncate_after(4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for whole in (2, 0, -1):
+                writer.truncate_after(whole)
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped_and_reported(tmp_path):
@@ -114,8 +148,8 @@ def test_tensorboard_gets_scalars_histograms_texts_and_the_purge(tmp_path):
     assert [e[:2] for e in got if e[2] == "histo"] == [(1, "ratio")]
     assert [e[0] for e in got if e[1] and e[1].startswith("sample") and e[2] == "tensor"] == [1]
     with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(7)
+        writer.truncate_after(1)
         writer.scalars(8, {"loss": 0.25})
         with pytest.raises(ValueError, match="before the first TensorBoard event"):
-            writer.truncate_after(7)
+            writer.truncate_after(1)
     assert (8, None, "purge") in events(tmp_path)
