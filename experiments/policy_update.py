@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,34 +44,45 @@ from spark_jax.training.update import in_micro_batches
 NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
 
 
-def advantage_inputs(
-    config: Config,
-    model_config: Any,
-    params: Any,
-    reference: Any,
-    rollout: decoding.Rollout,
-    rewards: np.ndarray,
-    judged: Judged,
-    steps: np.ndarray,
-) -> AdvantageInputs:
-    """All that an advantage may look at: of the groups that are kept, the others masked out.
+class Logprobs(NamedTuple):
+    """Of a rollout's tokens, [B, T], for the advantages; None where they are not needed."""
+
+    policy: jax.Array | None
+    reference: jax.Array | None
+
+
+def score_rollout(
+    config: Config, model_config: Any, params: Any, reference: Any, rollout: decoding.Rollout
+) -> Logprobs:
+    """What advantages compare, under way on the devices when this returns.
 
     Where process rewards compare the policy with the reference, the scorer scores both: the
     sampler's log-probs differ from it by rounding, which a sum over a long prefix would add up. The
     policy's are None where the update makes the advantages, from log-probs of its own.
     """
-    ref_logprobs, policy_logprobs = None, rollout.logprobs
-    if reference is not None:
-        score = functools.partial(_score, config, model_config, rollout)
-        ref_logprobs = score(reference)
-        if config.rl.advantage in NEEDS_PROCESS_REWARDS:
-            policy_logprobs = None if made_in_step(config) else score(params)
+    if reference is None:
+        return Logprobs(rollout.logprobs, None)
+    score = functools.partial(_score, config, model_config, rollout)
+    if config.rl.advantage not in NEEDS_PROCESS_REWARDS:
+        return Logprobs(rollout.logprobs, score(reference))
+    return Logprobs(None if made_in_step(config) else score(params), score(reference))
+
+
+def advantage_inputs(
+    config: Config,
+    rollout: decoding.Rollout,
+    logprobs: Logprobs,
+    rewards: np.ndarray,
+    judged: Judged,
+    steps: np.ndarray,
+) -> AdvantageInputs:
+    """All that an advantage may look at: of the groups that are kept, the others masked out."""
     return AdvantageInputs(
         rewards=jnp.asarray(rewards),
         mask=rollout.mask & _kept_groups(config, jnp.asarray(rewards))[:, None],
         group_size=config.rl.group_size,
-        policy_logprobs=policy_logprobs,
-        ref_logprobs=ref_logprobs,
+        policy_logprobs=logprobs.policy,
+        ref_logprobs=logprobs.reference,
         verdicts=jnp.asarray(judged.verdicts),
         step_ids=jnp.asarray(steps),
     )

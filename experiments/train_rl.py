@@ -36,6 +36,7 @@ from spark_jax.experiments import evaluate, launch, recording
 from spark_jax.experiments.launch import Config
 from spark_jax.experiments.policy_update import (
     NEEDS_PROCESS_REWARDS,
+    Logprobs,
     advantage_inputs,
     as_sampled,
     compiled_step,
@@ -45,6 +46,7 @@ from spark_jax.experiments.policy_update import (
     moved,
     needs_reference_policy,
     packed,
+    score_rollout,
     update_metrics,
     update_settings,
 )
@@ -114,6 +116,7 @@ class Graded:
 
     problems: list[Problem]
     rollout: decoding.Rollout
+    logprobs: Logprobs
     samples: list[SampledText]
     judged: Judged
     rewards: np.ndarray  # [B]
@@ -191,8 +194,8 @@ def take_step(
     """Rollout, rewards, advantages, updates; the new state and reference policy, and the scores of
     a step that evaluates. The updates take over the memory of `train`."""
     config, stopwatch = setting.config, Stopwatch()
-    graded = collect(setting, setting.policy(train.params), step, stopwatch)
-    inputs = inputs_of(setting, graded, train.params, reference)
+    graded = collect(setting, train.params, reference, step, stopwatch)
+    inputs = inputs_of(setting, graded)
     unmoved = int(train.step) == 0 and not config.rl.reference_model
     batch, values = make_batch(config, graded.rollout, inputs, unmoved)
     if kept := recording.is_recorded(config, step):
@@ -251,29 +254,32 @@ def restore(
     return *from_saved(setting.config, kept, reference), extra["rollouts"]
 
 
-def collect(setting: Setting, policy: TextModel, step: int, stopwatch: Stopwatch) -> Graded:
+def collect(
+    setting: Setting, params: Any, reference: Any, step: int, stopwatch: Stopwatch
+) -> Graded:
     """A step's rollout, judged and rewarded."""
     config, problems = setting.config, setting.problems_of(step)
-    rollout, samples = roll_out(config, setting.task, policy, problems, step)
+    rollout, samples = roll_out(config, setting.task, setting.policy(params), problems, step)
     stopwatch.lap("rollout", tokens=sum(len(sample.token_ids) for sample in samples))
+    # The devices score the rollout while its responses are graded.
+    logprobs = score_rollout(config, setting.model.config, params, reference, rollout)
     judged = judge_responses(
         config, setting.judged_task, setting.reward_model, problems, samples, step
     )
     rewards = compute_rewards(config, setting.task, problems, samples, judged, step)
     stopwatch.lap("rewards")
-    return Graded(problems, rollout, samples, judged, rewards)
+    return Graded(problems, rollout, logprobs, samples, judged, rewards)
 
 
-def inputs_of(setting: Setting, graded: Graded, params: Any, reference: Any) -> AdvantageInputs:
+def inputs_of(setting: Setting, graded: Graded) -> AdvantageInputs:
     """What the rollout's advantages are made of; for process rewards, with the truth to compare."""
     config, rollout = setting.config, graded.rollout
     steps = token_step_ids(
         setting.task, setting.model.tokenizer, graded.samples, rollout.tokens.shape[1]
     )
     inputs = advantage_inputs(
-        config, setting.model.config, params, reference, rollout, graded.rewards, graded.judged,
-        steps,
-    )  # fmt: skip
+        config, rollout, graded.logprobs, graded.rewards, graded.judged, steps
+    )
     if config.rl.advantage not in NEEDS_PROCESS_REWARDS:
         return inputs
     known = step_truth(setting.task, graded.problems, graded.samples)
