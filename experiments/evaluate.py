@@ -41,7 +41,7 @@ import numpy as np
 from rich.console import Console
 
 from spark_jax.data import tasks
-from spark_jax.data.formats import Sample
+from spark_jax.data.formats import Sample, TextFormat
 from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
@@ -106,18 +106,45 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
     references is None for a task that has none.
     """
     problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
+    samples = text_sampler(model, launch.decode_options(config))(
+        [task.text_format.solve_prompt(problem) for problem in problems],
+        samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
+        settings=policy_settings(config),
+        seed=config.seed + HELD_OUT_SEED,
+    )
+    return scored_together(task.text_format, problems, samples, config.evaluate.answer_from)
 
-    def scores(sample: Sample) -> dict[str, Any]:
-        samples = sample(
-            [task.text_format.solve_prompt(problem) for problem in problems],
-            samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
-            settings=policy_settings(config),
-            seed=config.seed + HELD_OUT_SEED,
-        )
-        answer_from = config.evaluate.answer_from
-        return benchmarks.policy_scores(task.text_format, problems, samples, answer_from)
 
-    return processes.lead(scores, text_sampler(model, launch.decode_options(config)))
+def scored_together(
+    text_format: TextFormat,
+    problems: Sequence[Problem],
+    samples: Sequence[Sequence[SampledText]],
+    answer_from: benchmarks.AnswerFrom,
+) -> dict[str, Any]:
+    """`evaluation.benchmarks.policy_scores`, for which every process compares the answers to its
+    share of the problems. All give the same samples."""
+    if jax.process_count() == 1:
+        return benchmarks.policy_scores(text_format, problems, samples, answer_from)
+
+    compare = text_format.same_answer
+
+    def compared() -> dict[Any, bool]:
+        own, met = processes.own_part(range(len(problems))), dict[Any, bool]()
+
+        def same_answer(*pair: str | None) -> bool:
+            return met[pair] if pair in met else met.setdefault(pair, compare(*pair))
+
+        noting = dataclasses.replace(text_format, same_answer=same_answer)
+        if own:
+            part = [problems[i] for i in own], [samples[i] for i in own]
+            benchmarks.policy_scores(noting, *part, answer_from)
+        return met
+
+    known = {pair: same for part in processes.on_own(compared) for pair, same in part.items()}
+    told = dataclasses.replace(
+        text_format, same_answer=lambda *pair: known[pair] if pair in known else compare(*pair)
+    )
+    return processes.on_main(lambda: benchmarks.policy_scores(told, problems, samples, answer_from))
 
 
 def benchmark_scores(

@@ -137,10 +137,13 @@ def any_of(flag: bool) -> bool:
 
 def share(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
     """`work(rows)`, a result a row, each process doing an equal run of the rows."""
+    return [result for part in on_own(lambda: list(work(own_part(rows)))) for result in part]
+
+
+def own_part(rows: Sequence[T]) -> Sequence[T]:
+    """This process's run of the rows; those of all processes, in order, are the rows."""
     count, index = jax.process_count(), jax.process_index()
-    bounds = [i * len(rows) // count for i in range(count + 1)]
-    own = on_own(lambda: list(work(rows[bounds[index] : bounds[index + 1]])))
-    return [result for part in own for result in part]
+    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
 
 
 def lead(work: Callable[..., T], *calls: Callable[..., Any]) -> T:

@@ -5,6 +5,7 @@ import json
 import re
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings, read_jsonl
 from spark_jax.evaluation.benchmarks import Response
 from spark_jax.experiments import evaluate, launch
+from spark_jax.parallel import processes
 from spark_jax.prm.processbench import Prediction
 from spark_jax.reports.benchmarks import markdown, policy_table, processbench_table
 from spark_jax.scoring import token_logprobs
-from spark_jax.text_generation import TextModel
+from spark_jax.text_generation import SampledText, TextModel
 from spark_jax.verification.parse import format_verification
 
 
@@ -327,6 +329,35 @@ def test_policies_are_scored_by_what_is_known(tiny):
         assert known[name] == unknown[name]
     [problem] = chains(references=False).problems(1, 0, "eval")
     assert evaluate.is_right(chains(), problem, "\\boxed{1}") is None
+
+
+def test_processes_grade_a_share_of_the_problems_each(monkeypatch):
+    """Three, of which each compares what its problems need, and all have what one would find."""
+    problems = [Problem(f"p{i}", "?", answer) for i, answer in enumerate("12345")]
+    said = [[SampledText(f"\\boxed{{{a}}}", (1,), True) for a in "1233"] for _ in problems]
+    text_format = chains().text_format
+    alone = evaluate.scored_together(text_format, problems, said, "last_boxed")
+    me, met = [0], {}
+
+    def same_answer(a, b):
+        met.setdefault(me[0], set()).update({a, b} & set("45"))
+        return text_format.same_answer(a, b)
+
+    def on_own(make):
+        made = []
+        for me[0] in range(3):
+            made.append(make())
+        me[0] = "afterwards"
+        return made
+
+    noted = dataclasses.replace(text_format, same_answer=same_answer)
+    monkeypatch.setattr(processes, "on_own", on_own)
+    monkeypatch.setattr(processes, "on_main", lambda make: make())
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: me[0])
+    assert evaluate.scored_together(noted, problems, said, "last_boxed") == alone
+    assert met == {0: set(), 1: set(), 2: {"4", "5"}}  # references of the last two problems
+    assert alone["accuracy"]["estimate"] == 0.2
 
 
 # --- soft scores on one device -------------------------------------------------------------------
