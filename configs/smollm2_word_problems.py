@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
             chunk_size=24,
         )
     )
-    config.prm.update(dict(steps=24, batch_size=8, max_length=384, pack=True))
+    config.prm.update(dict(steps=16, batch_size=8, max_length=384, pack=True, balance=True))
     config.prm.optimizer.update(dict(learning_rate=5e-5, warmup_steps=2))
 
     config.rl.update(
