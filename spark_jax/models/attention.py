@@ -4,6 +4,8 @@ Whole sequences below `LONG` tokens hold their scores [T, T] ("dense"). Longer o
 "splash" is the Pallas kernel that ships with jax for TPUs, "cudnn" the fused kernel of cuDNN for
 GPUs, fed a block of queries at a time, and "blockwise" is XLA on every platform, a block of queries
 at a time, which computes what "dense" does. `ModelConfig.attention` forces one of them.
+
+A decode step's query attends by XLA, and on TPU by our own Pallas kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 from spark_jax.models.cache import Segment
 from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
 
@@ -55,8 +58,20 @@ def cached(
     kv: Segment,
     prompt_mask: Bool[Array, "R L"],
     own_mask: Bool[Array, "S T"],
+    implementation: str = "auto",
 ) -> Float[Array, "S H K"]:
-    """One query per slot against the template, its lane's prompt and its own tokens."""
+    """One query per slot against the template, its lane's prompt and its own tokens.
+
+    Args:
+      kv: of one layer; or of all, stacked, as `in_place` wants it.
+      prompt_mask: the first tokens of each lane's prompt, as many as count.
+      implementation: a value of `ModelConfig.attention`. On TPU "auto" is a Pallas kernel
+        (`kernels.prefix_decode_attention`) where kv is of all layers, as is "splash" anywhere;
+        everything else is XLA, and so is a mesh whose `tensor` does not divide the KV heads.
+    """
+    if kv.layer is not None and _by_kernel(implementation, kv.keys.shape[2]):
+        return _cached_by_kernel(q, kv, prompt_mask, own_mask)
+    kv = kv.one_layer()
     queries = q.reshape(len(q), kv.keys.shape[1], -1, q.shape[-1])
     # Batch axes first: in bfloat16 newer XLA:CPU multiplies no other order.
     dot = {"preferred_element_type": jnp.float32}
@@ -77,12 +92,61 @@ def cached(
     return _join(parts, q.dtype).reshape(q.shape).astype(q.dtype)
 
 
+def in_place(implementation: str) -> bool:
+    """Whether `cached` is to have the cache of all layers, as it lies, instead of a slice: on TPU,
+    where a slice that is written to, or that a kernel reads, is a copy."""
+    return implementation == "splash" or platform() == "tpu"
+
+
 def _fitting(length: int, dtype: Any) -> str:
     if length < LONG:
         return "dense"
     if platform() == "gpu":
         return "cudnn" if dtype == jnp.bfloat16 else "blockwise"
     return "splash" if platform() == "tpu" else "blockwise"
+
+
+# --- one query per slot --------------------------------------------------------------------------
+
+
+def _by_kernel(implementation: str, kv_heads: int) -> bool:
+    mesh = mesh_in_scope()
+    if mesh is not None and kv_heads % mesh.shape.get("tensor", 1):
+        return False
+    return implementation == "splash" or (implementation == "auto" and platform() == "tpu")
+
+
+def _cached_by_kernel(
+    q: Float[Array, "S H K"],
+    kv: Segment,
+    prompt_mask: Bool[Array, "R L"],
+    own_mask: Bool[Array, "S T"],
+) -> Float[Array, "S H K"]:
+    """The kernel for prompts and own tokens, on each device for the lanes and heads it holds; the
+    template, which all slots share, is joined to it."""
+    arrays = (q, kv.prompt_keys, kv.prompt_values, prompt_mask.sum(axis=-1), kv.keys, kv.values)
+    slots, cache = ("batch", "heads", None), (None, "batch", "kv_heads", None, None)
+    names = (slots, cache, cache, ("batch",), cache, cache, ("batch", None), ())
+    attend = functools.partial(prefix_decode_attention, implementation="pallas_tpu")
+    mesh = mesh_in_scope()
+    if mesh is not None:
+        specs = tuple(
+            spec(x.shape, axes, mesh, "attention")
+            for x, axes in zip((*arrays, own_mask, kv.layer), names, strict=True)
+        )
+        outs = (specs[0], spec(q.shape[:2], slots[:2], mesh, "attention"))
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=outs, check_vma=False)
+    out, logsumexp = attend(*arrays, own_mask, kv.layer)
+    if kv.template is None:
+        return out.astype(q.dtype)
+    queries = q.reshape(len(q), kv.keys.shape[2], -1, q.shape[-1])
+    top = logsumexp.reshape(queries.shape[:-1])[..., None]
+    scores, weigh = _template_part(queries, kv.one_layer().template)
+    parts: list[_Part] = [  # what the kernel has seen counts as one value, of score `top`
+        (top, lambda weights: weights * out.reshape(queries.shape)),
+        (scores, lambda weights: weigh(weights.astype(q.dtype))),
+    ]
+    return _join(parts, jnp.float32).reshape(q.shape).astype(q.dtype)
 
 
 # --- long sequences ----------------------------------------------------------------------------

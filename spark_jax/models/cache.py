@@ -15,6 +15,7 @@ With a mesh in scope, lanes and slots are spread over it like the rows of a batc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -62,20 +63,36 @@ class PromptCache:
 
 
 class Segment(NamedTuple):
-    """One layer's share of the cache."""
+    """One layer's share of the cache, or that of all layers, stacked, and the index of one."""
 
     prompt_keys: Any  # [R, H_kv, K, L]
     prompt_values: Any  # [R, H_kv, L, K]
     keys: Any  # [R·W, H_kv, K, T]
     values: Any  # [R·W, H_kv, T, K]
     template: Any = None  # (keys [H_kv, K, C], values [H_kv, C, K])
+    layer: Any = None  # [] index into the first axis that all of these have; None: there is none
 
     def write(self, k: Any, v: Any, column: Any) -> Segment:
         """With the new keys and values [R·W, H_kv, K] of all slots in one column: in place."""
         k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
+        if self.layer is not None:
+            axes, start = ("layers", *_AXES), (self.layer, 0, 0)
+            write = jax.lax.dynamic_update_slice
+            keys = write(self.keys, k[None, ..., None], (*start, 0, column))
+            values = write(self.values, v[None, :, :, None], (*start, column, 0))
+            return self._replace(keys=constrain(keys, axes), values=constrain(values, axes))
         keys = jax.lax.dynamic_update_slice_in_dim(self.keys, k[..., None], column, axis=3)
         values = jax.lax.dynamic_update_slice_in_dim(self.values, v[..., None, :], column, axis=2)
         return self._replace(keys=constrain(keys, _AXES), values=constrain(values, _AXES))
+
+    def one_layer(self) -> Segment:
+        """The arrays of the layer that is meant, cut from those of all."""
+        if self.layer is None:
+            return self
+        cut = functools.partial(
+            jax.lax.dynamic_index_in_dim, index=self.layer, axis=0, keepdims=False
+        )
+        return jax.tree.map(cut, self._replace(layer=None))
 
 
 @flax.struct.dataclass

@@ -234,7 +234,7 @@ def decode_step(
 
     def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Array, Array]]:
         kv = kv.write(k[:, 0], v[:, 0], column)
-        out = attention.cached(q[:, 0], kv, prompt_mask, own_mask)
+        out = attention.cached(q[:, 0], kv, prompt_mask, own_mask, config.attention)
         return out[:, None], (kv.keys, kv.values)
 
     hidden, (keys, values) = _run(
@@ -319,10 +319,33 @@ def _run(
             x, output = step(x, (layer, None if per_layer is None else per_layer[i]))
             outputs.append(output)
         collected = None if outputs[0] is None else tuple(zip(*outputs, strict=True))
+    elif isinstance(per_layer, Segment) and attention.in_place(config.attention):
+        x, collected = _scan_in_place(step, x, params.layers, per_layer)
     else:
         body = jax.checkpoint(step) if config.remat else step
         x, collected = jax.lax.scan(body, x, (params.layers, per_layer))
     return _rms_norm(x, params.final_norm, config.norm_eps), collected
+
+
+def _scan_in_place(
+    step: Callable[[Array, tuple[Any, Segment]], tuple[Array, Any]],
+    x: Float[Array, "B T D"],
+    layers: Layer,
+    cache: Segment,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """A scan over the layers that carries the slots' cache, of which a step writes one column. As
+    inputs and outputs of the scan all of it would be copied, out and back, layer by layer."""
+
+    def body(
+        carry: tuple[Array, Any], inputs: tuple[Layer, Array]
+    ) -> tuple[tuple[Array, Any], None]:
+        x, (keys, values) = carry
+        layer, index = inputs
+        kv = cache._replace(keys=keys, values=values, layer=index)
+        return step(x, (layer, kv)), None
+
+    index = jnp.arange(len(cache.keys))
+    return jax.lax.scan(body, (x, (cache.keys, cache.values)), (layers, index))[0]
 
 
 def _embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -1,6 +1,10 @@
-"""Attention of long sequences against attention with all scores held."""
+"""Attention of long sequences against all scores held; attention to a cache by kernel and XLA."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from spark_jax.models import attention
+from spark_jax.models.cache import Segment
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 75, 4, 2, 8
 DTYPE = jnp.dtype("float32")
@@ -112,6 +117,79 @@ def test_splash_attends_as_all_scores_do():
 def test_splash_with_a_template_and_padding():
     right_padded = (np.arange(LENGTH) < np.array([[31]])).astype(np.int32)
     check("splash", right_padded, template(), gradients=False, tolerance=1e-4)
+
+
+def cache_of_two_layers(lanes, slots, kv_heads, before, dtype="float32"):
+    """Queries, the cache's second layer on its own and as one of two, and masks: of a prompt
+    without a token, a whole one and others; slots that have one token or more."""
+    length, columns = 5, 6
+    rng = np.random.default_rng(3)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(jnp.dtype(dtype))
+
+    stacked = Segment(
+        normal(2, lanes, kv_heads, WIDTH, length),
+        normal(2, lanes, kv_heads, length, WIDTH),
+        normal(2, lanes * slots, kv_heads, WIDTH, columns),
+        normal(2, lanes * slots, kv_heads, columns, WIDTH),
+        (normal(2, kv_heads, WIDTH, 9), normal(2, kv_heads, 9, WIDTH)) if before else None,
+    )
+    prompt_mask = np.arange(length) < np.resize([0, length, 3, 1], lanes)[:, None]
+    own_mask = rng.random((lanes * slots, columns)) < 0.5
+    own_mask[:, 2] = True
+    alone = jax.tree.map(lambda x: x[1], stacked)
+    q = normal(lanes * slots, HEADS, WIDTH)
+    inputs = (q, alone, stacked._replace(layer=np.int32(1)), prompt_mask, own_mask)
+    return jax.tree.map(jnp.asarray, inputs)
+
+
+cached = jax.jit(attention.cached, static_argnums=4)
+
+
+@pytest.mark.parametrize(("kv_heads", "before"), [(2, False), (1, True)])
+@pytest.mark.usefixtures("interpreted")
+def test_a_cache_is_attended_to_alike_by_kernel_and_xla(kv_heads, before):
+    q, alone, stacked, *masks = cache_of_two_layers(4, 3, kv_heads, before)
+    expected = cached(q, alone, *masks)
+    np.testing.assert_allclose(cached(q, stacked, *masks, "splash"), expected, atol=1e-5)
+    np.testing.assert_array_equal(cached(q, stacked, *masks, "dense"), expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernel_rounds_as_xla_does():
+    """In bfloat16 the two differ by their roundings of sums alone."""
+    q, alone, stacked, *masks = cache_of_two_layers(4, 3, 2, True, "bfloat16")
+    got = cached(q, stacked, *masks, "splash")
+    assert got.dtype == jnp.bfloat16
+    got, expected = (np.asarray(x, np.float32) for x in (got, cached(q, alone, *masks)))
+    np.testing.assert_allclose(got, expected, atol=0.03)
+
+
+def test_a_cache_over_eight_devices():
+    """The tests of `cached_on_eight_devices.py`, in a process that has so many."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", here / "cached_on_eight_devices.py"],
+        cwd=here.parents[1],
+        env=os.environ
+        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(here)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_on_tpu_a_stacked_cache_goes_to_the_kernel(monkeypatch):
+    def chosen(platform, implementation):
+        monkeypatch.setattr(attention, "platform", lambda: platform)
+        return attention._by_kernel(implementation, KV_HEADS), attention.in_place(implementation)
+
+    assert chosen("tpu", "auto") == chosen("cpu", "splash") == (True, True)
+    assert chosen("tpu", "dense") == (False, True)
+    assert chosen("cpu", "auto") == chosen("gpu", "auto") == (False, False)
 
 
 def test_length_and_platform_choose(monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spark_jax.models import cache, transformer
+from spark_jax.models import attention, cache, transformer
 from spark_jax.models.config import ModelConfig
 
 PLAIN = ModelConfig(
@@ -134,17 +134,20 @@ def test_packed_segments_equal_separate_sequences(model):
     np.testing.assert_allclose(got[:, 4:], full_logits(params, config, second), atol=2e-5)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_cached_decoding_equals_full_forward(model, stacked):
+@pytest.mark.parametrize("layout", ["stacked", "in_place", "unstacked"])
+def test_cached_decoding_equals_full_forward(model, layout, monkeypatch):
+    """In place is for TPU: a scan that carries the cache of all layers."""
     params, config = model
+    monkeypatch.setattr(attention, "in_place", lambda _: layout == "in_place")
+    stacked = layout != "unstacked"
     lengths, total = np.array([3, 5, 1]), 9
     tokens = random_tokens((3, total))
     expected = full_logits(params, config, tokens)
-    layout = params if stacked else jax.jit(transformer.unstack, static_argnums=1)(params, config)
+    params = params if stacked else jax.jit(transformer.unstack, static_argnums=1)(params, config)
     decode_step = jax.jit(transformer.decode_step, static_argnums=1)
     kv = cache.empty(config, lanes=3, width=1, prompt_length=5, columns=4, stacked=stacked)
     prompts = jax.jit(transformer.prefill, static_argnums=1)(
-        layout, config, tokens[:, :5], jnp.asarray(lengths)
+        params, config, tokens[:, :5], jnp.asarray(lengths)
     )
     kv = cache.insert(kv, prompts, jnp.arange(3))
     for i in range(4):
@@ -152,7 +155,7 @@ def test_cached_decoding_equals_full_forward(model, stacked):
         fed = tokens[jnp.arange(3), at][:, None]
         own = jnp.broadcast_to(jnp.arange(4) <= i, (3, 1, 4))
         scores, kv = decode_step(
-            layout, config, kv, fed, jnp.asarray(at)[:, None], own, jnp.int32(i)
+            params, config, kv, fed, jnp.asarray(at)[:, None], own, jnp.int32(i)
         )
         np.testing.assert_allclose(scores[:, 0], expected[jnp.arange(3), at], atol=2e-5)
 
