@@ -13,7 +13,7 @@ for the mesh from shapes alone, in a process of its own, and printed with what a
 arguments, temporaries, output, what else lies there at that time, collectives, and a static
 estimate of its time. The same, with more, goes to a JSON file. `--search` tries every mesh that
 divides the topology, with the axes of `--mesh` as they are, and ranks those that fit; `--plan` adds
-what stage I would take.
+what stage I would take, over the best of them.
 The models are not fetched: shapes come from checkpoint folders, `configs/model_shapes.py` or the
 hub. A program takes half a minute to several minutes and up to a few GiB of memory.
 """
@@ -41,6 +41,7 @@ from rich.table import Table
 
 from spark_jax.experiments import launch, pod_plan
 from spark_jax.experiments.launch import Config, ConfigError
+from spark_jax.experiments.pod_worker import WRONG_JOB
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels.ahead_of_time import environment
 from spark_jax.parallel import processes
@@ -80,7 +81,8 @@ def compile_programs(
 
     Raises:
       RuntimeError: libtpu is not installed.
-      ValueError: a topology, mesh, or configuration that cannot be, with the reason.
+      ConfigError: a topology, programs or a configuration that cannot be, with the reason.
+      ValueError: a mesh that cannot be, with the reason; or the compiler itself ended.
     """
     job = {
         "config": config.to_dict(),
@@ -105,7 +107,8 @@ def compile_programs(
             )
             rows = _read(child, json.dumps(job), on_row)
         if child.returncode:
-            raise ValueError(_complaint(child.returncode, complaints.read_text(), len(rows)))
+            kind = ConfigError if child.returncode == WRONG_JOB else ValueError
+            raise kind(_complaint(child.returncode, complaints.read_text(), len(rows)))
     return rows
 
 
@@ -127,6 +130,7 @@ def searched(
     fixed: Mapping[str, int],
     programs: Sequence[str],
     num_slices: int = 1,
+    hlo_folder: str = "",
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[list[Row]], dict[str, str]]:
     """Compiles for every mesh that divides the topology and has the `fixed` sizes.
@@ -134,12 +138,26 @@ def searched(
     Returns:
       the rows of each, best first: those whose programs all fit, by their estimated time; then the
       others, by how much is missing. And why meshes were refused that do not divide a model.
+
+    Raises:
+      ConfigError: as `compile_programs`, at once; it would be refused for every mesh.
+      ValueError: no mesh has the `fixed` sizes.
     """
     found, refused = [], {}
-    for mesh in meshes(devices, fixed):
+    tried = list(meshes(devices, fixed))
+    if not tried:
+        raise ValueError(
+            f"--mesh={dict(fixed)} with --search: no mesh over {devices} devices has these sizes; "
+            f"give sizes that divide {devices} for some of {list(MESH_AXES)}, and leave out those "
+            "that are to be searched"
+        )
+    for mesh in tried:
         how = {"programs": programs, "num_slices": num_slices, "on_row": on_row}
+        how["hlo_folder"] = hlo_folder
         try:
             found.append(compile_programs(config, topology, mesh, **how))  # type: ignore[arg-type]
+        except ConfigError:
+            raise
         except ValueError as error:
             refused["·".join(map(str, mesh.values()))] = str(error)
     return sorted(found, key=rank), refused
@@ -234,7 +252,8 @@ def _complaint(status: int, text: str, done: int) -> str:
         return how + (": not enough memory on this machine?" if -status == signal.SIGKILL else "")
     errors = [line for line in text.splitlines() if re.match(r"(error|[\w.]*Error): ", line)]
     last = errors[-1].removeprefix("error: ") if errors else text[-500:]
-    return f"the compiler ended with status {status}: {last}" if status != 1 else last
+    known = status in (1, WRONG_JOB)
+    return last if known else f"the compiler ended with status {status}: {last}"
 
 
 def main() -> None:
@@ -274,27 +293,42 @@ def run(config: Config, options: Any) -> None:
     def on_row(row: Row) -> None:
         print(f"{row['program']}: {row['seconds_to_compile']:.0f} s", file=sys.stderr, flush=True)
 
-    how = {"programs": options.programs, "num_slices": options.num_slices, "on_row": on_row}
-    if options.search:
-        devices = device_count(options.topology, options.num_slices)
-        fixed = parse_mesh(options.mesh)
-        ranked, refused = searched(config, options.topology, devices, fixed=fixed, **how)
-        rows = [row for mesh in ranked for row in mesh]
-        for mesh, reason in refused.items():
-            console.print(f"{mesh} is refused: {reason}", markup=False, highlight=False)
-    else:
-        axes = parse_mesh(options.mesh) or dict(config.mesh)
-        rows = compile_programs(config, options.topology, axes, hlo_folder=options.hlo, **how)
+    rows, best = compiled(config, options, console, on_row)
     print_rows(rows, console)
     result: dict[str, Any] = {"programs": rows}
     if options.plan:
         given = {name: getattr(options, name) for name in pod_plan.ASSUMPTIONS}
-        result["plan"] = pod_plan.stage_one(config, rows, given)
+        result["plan"] = pod_plan.stage_one(config, best, given)
         pod_plan.print_plan(result["plan"], console)
     path = Path(options.output or default_output(config, options))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"written to {path}", highlight=False)
+
+
+def compiled(
+    config: Config, options: Any, console: Console, on_row: Callable[[Row], None]
+) -> tuple[list[Row], list[Row]]:
+    """All rows, and those of the best mesh. Raises as `searched`, and ValueError where every mesh
+    is refused; prints why meshes are."""
+    how = {
+        "programs": options.programs,
+        "num_slices": options.num_slices,
+        "hlo_folder": options.hlo,
+        "on_row": on_row,
+    }
+    if not options.search:
+        axes = parse_mesh(options.mesh) or dict(config.mesh)
+        rows = compile_programs(config, options.topology, axes, **how)
+        return rows, rows
+    devices = device_count(options.topology, options.num_slices)
+    fixed = parse_mesh(options.mesh)
+    ranked, refused = searched(config, options.topology, devices, fixed=fixed, **how)
+    for mesh, reason in refused.items():
+        console.print(f"{mesh} is refused: {reason}", markup=False, highlight=False)
+    if not ranked:
+        raise ValueError(f"--search: all {len(refused)} meshes are refused; see above")
+    return [row for mesh in ranked for row in mesh], ranked[0]
 
 
 def parse_mesh(text: str) -> dict[str, int]:

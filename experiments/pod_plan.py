@@ -47,28 +47,25 @@ def stage_one(
     """Tokens, hours and chip-hours of generating and verifying.
 
     Args:
-      rows: of `compile_for_pod`, those of generate/* and verify/* among them.
+      rows: of `compile_for_pod` for one mesh, those of generate/* and verify/* among them.
       assumed: of ASSUMPTIONS, those that are not to be the defaults.
 
     Returns:
-      `generate`, `verify` and `together`, each with `prompts`, `tokens`, `hours`, `chip_hours`; and
-      `assumptions`: name -> value.
+      `generate`, `verify` and `together`, each with `prompts`, `tokens`, `hours`, `chip_hours`;
+      `assumptions`: name -> value; `without_time`: program -> kernels without an estimate.
 
     Raises:
-      ConfigError: no number of problems, or programs that did not compile.
+      ConfigError: no number of problems, or programs that did not compile or do not fit.
     """
     if config.generate.num_problems is None:
         raise ConfigError("generate.num_problems is None; set it to what the data set has")
     values = _assumptions(config, assumed)
     by_name = {row["program"]: row for row in rows}
+    asked, written = _prompts_and_texts_per_solution(config)
     solutions = config.generate.num_problems * config.generate.samples_per_problem
     texts = {
         "generate": (config.generate.num_problems, solutions, values["mean_solution_tokens"]),
-        "verify": (
-            solutions,
-            solutions * _texts_per_solution(config),
-            values["mean_verification_tokens"],
-        ),
+        "verify": (solutions * asked, solutions * written, values["mean_verification_tokens"]),
     }
     plan: dict[str, Any] = {
         stage: _decoding(stage, by_name, prompts, count, length, values)
@@ -77,7 +74,9 @@ def stage_one(
     plan["together"] = {
         name: plan["generate"][name] + plan["verify"][name] for name in plan["generate"]
     }
-    return plan | {"assumptions": values}
+    silent = {name: row.get("kernels_without_estimate", 0) for name, row in by_name.items()}
+    without = {name: count for name, count in silent.items() if count and name in _PROGRAMS}
+    return plan | {"assumptions": values, "without_time": without}
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
@@ -93,24 +92,32 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     console.print("Assumed, not measured:")
     for name, value in plan["assumptions"].items():
         console.print(f"  --{name}={value:g}  {ASSUMPTIONS[name][1]}", highlight=False)
+    for name, count in plan["without_time"].items():
+        line = f"no time for {count} kernels (attention) of {name}, which state none"
+        console.print(f"  {line}", highlight=False)
     for line in _ALSO_ASSUMED:
         console.print(f"  {line}", highlight=False)
 
 
+_PROGRAMS = ("generate/prefill", "generate/decode", "verify/prefill", "verify/decode")
 _ALSO_ASSUMED = (
     "every prompt as long as decode.max_prompt_length, and prefilled on its own",
     "the clock, peak and link speeds of experiments/tpu_chips.py",
     "collectives do not overlap with computing; the host and loading take no time",
+    "the network between slices, which data spans, as fast as the links within one",
+    "every token decoded against the largest cache, that of responses of decode.max_new_tokens",
+    "every solution with steps and a reference, and every critique with a verification to judge",
     "top-p's search for its cut counts one of its passes",
 )
 
 
-def _texts_per_solution(config: Config) -> int:
-    """Verifications, with a reference or without, critiques and merged verifications."""
+def _prompts_and_texts_per_solution(config: Config) -> tuple[int, int]:
+    """Of the verifier: N verifications to a prompt, with a reference or without; a critique and a
+    merged verification, to a prompt each."""
     methods = [AGGREGATIONS[name] for name in config.verify.methods]
     kinds = len({method.reference for method in methods})
     critiques = sum(2 for method in methods if method.critique)
-    return kinds * config.verify.samples_per_solution + critiques
+    return kinds + critiques, kinds * config.verify.samples_per_solution + critiques
 
 
 def _decoding(
@@ -138,9 +145,15 @@ def decoder_step(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _compiled(by_name: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     row = by_name.get(name)
-    if row is None or "cycles" not in row:
-        reason = "was not compiled" if row is None else row.get("error", "does not fit")
-        raise ConfigError(f"no plan without the program {name}, which {reason}")
+    if row is None:
+        raise ConfigError(f"no plan without the program {name}, which was not compiled")
+    if not row["fits"]:
+        lacks = f": {row['over'] / 2**30:.2f} GiB a device are missing" if "over" in row else ""
+        mesh = "·".join(map(str, row["mesh"].values()))
+        raise ConfigError(
+            f"no plan: the program {name} does not fit {row['topology']} over {mesh}{lacks}"
+            f"{'; ' + row['error'] if 'error' in row else ''}; choose another mesh or topology"
+        )
     return row
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,28 @@ import ml_collections
 from jax.sharding import Mesh
 
 from spark_jax.experiments import pod_programs
+from spark_jax.experiments.launch import ConfigError
 from spark_jax.experiments.pod_programs import Program
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels import hlo
 from spark_jax.kernels.ahead_of_time import libtpu_version
 from spark_jax.parallel.mesh import make_mesh
 
+WRONG_JOB = 3  # the exit status where the job is wrong whatever its mesh
+
 
 def main() -> None:
-    """Compiles the programs that the job names; it has the fields of `compile_for_pod.compile`."""
+    """Compiles the programs that the job names; it has the fields of
+    `compile_for_pod.compile_programs`. Ends with `WRONG_JOB` where no mesh would do, with 1 where
+    another one might."""
     job = json.load(sys.stdin)
     try:
-        mesh = topology_mesh(job["topology"], job["num_slices"], job["mesh"])
+        devices = topology_devices(job["topology"], job["num_slices"])
+        mesh = make_mesh(job["mesh"], devices)
         wanted = _wanted(ml_collections.ConfigDict(job["config"]), mesh, job["programs"])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_JOB)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for program in wanted:
@@ -43,13 +52,13 @@ def _wanted(config: Any, mesh: Mesh, names: Sequence[str]) -> list[Program]:
     found = pod_programs.programs(config, mesh)
     have = [program.name for program in found]
     if unknown := sorted(set(names) - set(have)):
-        raise ValueError(f"programs {unknown} are none of this configuration's: {have}")
+        raise ConfigError(f"programs {unknown} are none of this configuration's: {have}")
     return [program for program in found if not names or program.name in names]
 
 
-def topology_mesh(topology: str, num_slices: int, axes: Mapping[str, int]) -> Mesh:
-    """A mesh over the devices of a TPU topology that is not there. ValueError for one that the
-    compiler does not know, or that the axes do not fit."""
+def topology_devices(topology: str, num_slices: int) -> Sequence[Any]:
+    """The devices of a TPU topology that is not there. ConfigError for one that the compiler does
+    not know."""
     from jax.experimental import topologies
 
     name = generation(topology)
@@ -59,8 +68,8 @@ def topology_mesh(topology: str, num_slices: int, axes: Mapping[str, int]) -> Me
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"topology={topology!r} of {name}: {error}") from error
-    return make_mesh(axes, described.devices)
+        raise ConfigError(f"topology={topology!r} of {name}: {error}") from error
+    return described.devices
 
 
 def compile_program(program: Program, mesh: Mesh, topology: str, hlo_folder: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax
 import pytest
 from rich.console import Console
 
+from spark_jax.decoding.decoder import TOKENS
 from spark_jax.experiments import (
     compile_for_pod,
     launch,
@@ -154,22 +155,121 @@ def test_a_plan_of_stage_one(compiled, small):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "mesh", "programs", "message"),
+    ("topology", "mesh", "programs", "of_any_mesh", "message"),
     [
-        ("v5e:2x2", {"fsdp": 3}, [], r"'fsdp': 3.* there are 4"),
-        ("v5e:2x2", {"tensor": 4}, ["rl/fly"], r"\['rl/fly'\] are none of"),
-        ("v9:2x2", {"fsdp": 4}, [], r"'v9:2x2'.*'v5p'"),
-        ("v5e:2x99", {"fsdp": -1}, [], "v5e:2x99"),
+        ("v5e:2x2", {"fsdp": 3}, [], False, r"'fsdp': 3.* there are 4"),
+        ("v5e:2x2", {"tensor": 4}, ["rl/fly"], True, r"\['rl/fly'\] are none of"),
+        ("v9:2x2", {"fsdp": 4}, [], False, r"'v9:2x2'.*'v5p'"),
+        ("v5e:2x99", {"fsdp": -1}, [], True, "v5e:2x99"),
     ],
 )
-def test_what_cannot_be_is_refused(small, topology, mesh, programs, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_is_refused(small, topology, mesh, programs, of_any_mesh, message):
+    with pytest.raises(ValueError, match=message) as caught:
         compile_for_pod.compile_programs(small, topology, mesh, programs=programs)
+    assert isinstance(caught.value, launch.ConfigError) == of_any_mesh
 
 
 def test_a_plan_needs_its_programs(small):
     with pytest.raises(launch.ConfigError, match="generate/prefill, which was not compiled"):
         pod_plan.stage_one(small, [], {})
+
+
+def plan_row(program, *, mesh=(1, 4, 1), cycles=1e6, fits=True, **fields):
+    cost = {"cycles": cycles, "kernel_flops": 0, "collectives": {}}
+    found = {"program": program, "topology": "v5e:2x2", "devices": 4, "rows": 4, "fits": fits}
+    found |= {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))} | cost
+    return found | {"loops": {f"jit(decode)/{TOKENS}/while": cost}} | fields
+
+
+def plan_rows(**fields):
+    stages = ("generate", "verify")
+    return [plan_row(f"{s}/{p}", **fields) for s in stages for p in ("prefill", "decode")]
+
+
+def test_a_plan_counts_a_prompt_for_all_that_is_asked(small):
+    """As `verify_solutions` asks: once without references, once with, and twice a critique."""
+    found = {}
+    for methods in (("single", "step_consistency"), ("single", "reference_guided"),
+                    ("single", "meta_critique")):  # fmt: skip
+        config = launch.changed(small, {"verify.methods": methods})
+        found[methods[1]] = pod_plan.stage_one(config, plan_rows(), {})["verify"]
+    solutions = 1000 * 8
+    prompts = {name: plan["prompts"] // solutions for name, plan in found.items()}
+    assert prompts == {"step_consistency": 1, "reference_guided": 2, "meta_critique": 3}
+    texts = {name: plan["tokens"] // (solutions * 32) for name, plan in found.items()}
+    assert texts == {"step_consistency": 16, "reference_guided": 32, "meta_critique": 18}
+    assert found["meta_critique"]["hours"] > found["step_consistency"]["hours"]
+
+
+def test_a_plan_names_what_it_leaves_out(small):
+    rows = plan_rows(kernels_without_estimate=0)
+    rows[3] |= {"kernels_without_estimate": 2}
+    rows.append(plan_row("rl/policy_step", kernels_without_estimate=9))
+    printed = io.StringIO()
+    pod_plan.print_plan(pod_plan.stage_one(small, rows, {}), Console(file=printed, width=120))
+    (line,) = (x for x in printed.getvalue().splitlines() if "no time for" in x)
+    assert "no time for 2 kernels (attention) of verify/decode" in line
+    assert "the network between slices" in printed.getvalue()
+    assert "the largest cache" in printed.getvalue()
+
+
+def test_a_plan_refuses_programs_that_do_not_fit(small):
+    rows = plan_rows()
+    rows[1] |= {"fits": False, "over": 2**31}
+    message = r"generate/decode does not fit v5e:2x2 over 1·4·1: 2\.00 GiB a device are missing"
+    with pytest.raises(launch.ConfigError, match=message):
+        pod_plan.stage_one(small, rows, {})
+
+
+def command_line(tmp_path, **options):
+    given = {
+        "programs": [], "num_slices": 1, "search": False, "plan": False, "hlo": "",
+        "topology": "v5e:2x2", "mesh": "", "output": str(tmp_path / "rows.json"),
+    }  # fmt: skip
+    nothing = {name: default for name, (default, _) in pod_plan.ASSUMPTIONS.items()}
+    return SimpleNamespace(**given | nothing | options)
+
+
+def test_a_plan_is_for_the_best_mesh_of_a_search(small, tmp_path, monkeypatch):
+    def compile_programs(config, topology, mesh, **_):
+        cycles = {1: 4e6, 2: 1e6, 4: 2e6}[mesh["tensor"]]
+        fields = {"beside": {}, "hbm": 2**34, "seconds_to_compile": 1.0, "total": 2**30}
+        return plan_rows(mesh=tuple(mesh.values()), cycles=cycles, **fields)
+
+    monkeypatch.setattr(compile_for_pod, "compile_programs", compile_programs)
+    compile_for_pod.run(small, command_line(tmp_path, search=True, plan=True))
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["programs"][0]["mesh"]["tensor"] == 2
+    best = [row for row in found["programs"] if row["mesh"] == found["programs"][0]["mesh"]]
+    expected = pod_plan.stage_one(small, best, {})
+    assert found["plan"]["together"] == expected["together"]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=3", "data=-1", "foo=2", "fsdp=8"])
+def test_a_search_over_no_mesh_is_refused(small, tmp_path, mesh):
+    with pytest.raises(ValueError, match=r"--mesh=.* with --search: no mesh over 4 devices"):
+        compile_for_pod.run(small, command_line(tmp_path, search=True, mesh=mesh))
+
+
+def test_a_search_says_once_what_is_wrong_with_every_mesh(small, tmp_path, monkeypatch):
+    """An unknown program at the first mesh; and where each is refused for itself, in the end."""
+    calls = []
+
+    def compile_programs(config, topology, mesh, hlo_folder, **_):
+        calls.append(hlo_folder)
+        raise error
+
+    monkeypatch.setattr(compile_for_pod, "compile_programs", compile_programs)
+    error = launch.ConfigError("programs ['fly'] are none")
+    with pytest.raises(launch.ConfigError, match="fly"):
+        compile_for_pod.run(small, command_line(tmp_path, search=True, hlo="texts"))
+    assert calls == ["texts"]
+    error = ValueError("heads")
+    with pytest.raises(ValueError, match="all 6 meshes are refused"):
+        compile_for_pod.run(small, command_line(tmp_path, search=True))
+    with pytest.raises(ValueError, match=r"topology='v9:2x2'"):
+        compile_for_pod.run(small, command_line(tmp_path, search=True, topology="v9:2x2"))
+    assert len(calls) == 1 + 6
 
 
 def test_open_sizes_are_refused(small, one_device):
@@ -293,10 +393,7 @@ def test_the_command_line_prints_a_table_and_writes_json(small, tmp_path, monkey
         }
     ]
     monkeypatch.setattr(compile_for_pod, "compile_programs", lambda *_, **__: rows)
-    options = SimpleNamespace(
-        programs=[], num_slices=1, search=False, plan=False, hlo="", topology="v5e:2x2",
-        mesh="fsdp=2,tensor=2", output=str(tmp_path / "rows.json"),
-    )  # fmt: skip
+    options = command_line(tmp_path, mesh="fsdp=2,tensor=2")
     compile_for_pod.run(launch.load_config("configs/demo.py"), options)
     assert "no: 2.00 over" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"programs": rows}
