@@ -9,7 +9,7 @@
 set -euo pipefail
 
 NAME=${NAME:-spark}                            # of the job
-NODES=${NODES:-2}
+NODES=${NODES:-1}
 GPUS=${GPUS:-8}                                # of a node
 CPUS=${CPUS:-12}                               # of a process
 TIME=${TIME:-24:00:00}

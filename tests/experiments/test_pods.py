@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+
+from spark_jax.experiments import launch, pipeline
 
 HERE = Path(__file__).parent
 PODS = Path(__file__).parents[2] / "experiments" / "pods"
@@ -113,6 +117,69 @@ def test_a_manifest_is_yaml():
     assert pod["containers"][0]["command"][:3] == ["bash", "experiments/pods/complete.sh", "python"]
     assert pod["serviceAccountName"] == "default"
     assert "hostNetwork" not in pod  # with it the bucket is mounted with the node's rights
+
+
+DEVICES = {"tpu_vm": 64, "gke": 64, "slurm": 16, "local": 2}  # of the commands in docs/pods.md
+
+
+def documented_starts():
+    """The blocks of docs/pods.md that call a launch script, as dry runs that only start."""
+    text = (PODS.parents[1] / "docs" / "pods.md").read_text().replace("\\\n", " ")
+    for block in re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE):
+        lines = [
+            line for line in block.splitlines() if re.match(" *(export|[A-Z_]+=.*pods/)", line)
+        ]
+        lines += re.findall(r".*pods/(?:local|\w+\.sh start).*", block)
+        if script := re.search(r"pods/(\w+)\.sh", block):
+            dry = [
+                re.sub(r"pods/(\w+)\.sh", r"pods/\1.sh --dry-run", x) for x in dict.fromkeys(lines)
+            ]
+            yield script[1], "\n".join(dry)
+
+
+def program(line):
+    """Name and fields of the experiment that a printed command starts, through any quoting."""
+    words = shlex.split(line)
+    for word in words:
+        if " -m spark_jax.experiments." in word:
+            return program(word.removeprefix("--command="))
+    first = words.index("-m") + 1
+    fields = [word for word in words[first:] if word.startswith("--config")]
+    return words[first].rpartition(".")[2], dict(word.split("=", 1) for word in fields)
+
+
+def test_documented_commands_pass_their_checks_on_their_devices(monkeypatch):
+    """With rewards, models, meshes and rows that fit, before anything is fetched or loaded."""
+    checks = {
+        "pipeline": pipeline.check,
+        "generate_verifications": launch.check_stage1,
+        "train_prm": launch.check_prm,
+        "train_rl": launch.check_rl,
+    }
+    checked, one = [], jax.devices()[0]
+    for script, block in documented_starts():
+        printed = subprocess.run(
+            ["bash", "-euc", block], cwd=PODS.parents[1], capture_output=True, text=True, check=True
+        )
+        monkeypatch.setattr(jax, "devices", lambda count=DEVICES[script]: [one] * count)
+        for line in printed.stdout.splitlines():
+            if "spark_jax.experiments." not in line:
+                continue
+            name, fields = program(re.sub(r" (>>|&).*", "", line) if script == "local" else line)
+            config = launch.load_config(fields.pop("--config"))
+            texts = {field.removeprefix("--config."): text for field, text in fields.items()}
+            changes = {}
+            for field, text in texts.items():
+                old = launch.value_of(config, field)
+                changes[field] = type(old)(text)
+            launch.check_common(config)
+            checks[name](launch.changed(config, changes))
+            checked.append((script, name))
+    assert set(checked) == {
+        *((script, "pipeline") for script in ("tpu_vm", "gke", "slurm")),
+        *(("gke", name) for name in ("generate_verifications", "train_prm", "train_rl")),
+        ("local", "train_rl"),
+    }
 
 
 @pytest.mark.parametrize("script", ACTIONS)
