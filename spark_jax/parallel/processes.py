@@ -180,6 +180,31 @@ def finish() -> None:
     exchange(None)
 
 
+class Board:
+    """Short texts that the processes of a run leave for one another, for any thread and at any
+    time: they go over the network that started the run, not through programs on the devices."""
+
+    def __init__(self, name: str) -> None:
+        """To be made after `start` found several processes; `name` tells one board from another."""
+        from jax._src import distributed  # jax has no public way to it; orbax goes the same
+
+        client: Any = distributed.global_state.client
+        self._client, self._name = client, f"spark_jax/{name}"
+
+    def post(self, key: str, text: str) -> None:
+        """Puts a text where it stays; a second one takes its place."""
+        self._client.key_value_set(f"{self._name}/{key}", text, allow_overwrite=True)
+
+    def read(self, folder: str) -> list[str]:
+        """The texts of all keys `<folder>/...`; they need not be there yet."""
+        return [str(text) for _, text in self._client.key_value_dir_get(f"{self._name}/{folder}/")]
+
+    def meet(self, place: str, seconds: float) -> None:
+        """Returns when all processes have called it, once a place. Raises JaxRuntimeError
+        where one does not in time."""
+        self._client.wait_at_barrier(f"{self._name}/{place}", int(1000 * seconds))
+
+
 class _Call(NamedTuple):
     number: int
     args: tuple[Any, ...]

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import signal
 import sys
 import time
 import warnings
@@ -20,7 +18,7 @@ from spark_jax.models import checkpoints, transformer
 from spark_jax.parallel import processes
 from spark_jax.parallel.mesh import make_mesh
 from spark_jax.parallel.sharding import named_shardings
-from spark_jax.training import preemption, run_folder
+from spark_jax.training import run_folder
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.run_folder import OtherRun, RunFolder
@@ -237,29 +235,6 @@ def not_shared(me, path):
     assert me == 1 or not list(own.glob(".shared-*"))
 
 
-def told_to_end(me, path):
-    """One of them, in a step that takes longer than there is time: both save at its end."""
-    os.environ[preemption.GRACE_VARIABLE] = "1"
-    preemption.listen()
-    state, _ = state_on(make_mesh({"fsdp": 2}), P("fsdp"))
-    try:
-        with preemption.Watch() as watch, Checkpoints(path) as saved:
-            watch.hold(lambda: saved.ensure(0, state))
-            processes.exchange(None)
-            if me == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(2)
-            watch.release()
-            processes.exchange(None)  # as an update does
-            assert watch.asked()
-            saved.save(1, state)
-    except preemption.Preempted as end:
-        assert end.code == 0  # noqa: PT017
-    else:
-        raise AssertionError(f"process {me} went on")
-    assert [p.name for p in path.iterdir()] == ["1"]
-
-
 @contextlib.contextmanager
 def slowly(module, name):
     """What a module writes comes late; who goes on before it is there is found out."""
@@ -317,7 +292,6 @@ def main():
     unreadable_for_one(me, path / "others")
     exported(me, path / "model")
     not_exported(me, path / "none")
-    told_to_end(me, path / "told")
     processes.finish()
     print("all is well")
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from spark_jax.parallel import processes
 from spark_jax.training import preemption
 
 
@@ -93,6 +94,7 @@ def main():
             status = 99
             try:
                 preemption.listen()
+                processes.exchange(None)  # jax starts; after it a watch is entered at once
                 (folder / case / "ready").touch()
                 globals()[case](folder / case)
             except SystemExit as end:
