@@ -362,13 +362,14 @@ def agreement(setting: Setting) -> list[Contender]:
     prompts = _tokens(size, 2, size.prompt)
     return [
         Contender(
-            f"ours, {dtype}",
+            f"ours, {dtype}" + (f", cache in {cache}" if cache else ""),
             "ours",
             _generate(setting, prompts, size.new, {}, dtype)
-            | {"work": "agreement", "samples": size.batch // 2},
+            | {"work": "agreement", "samples": size.batch // 2, "cache_dtype": cache},
             dtype,
         )
         for dtype in ("float32", "bfloat16")
+        for cache in (None, "int8")
     ]
 
 

@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     # verifier and start of the reward models; it is always the start of the policy.
     config.model = "arithmetic_chains"
     config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
+    config.attention = "auto"  # by platform and length; or one of `models.config.ATTENTION`
     config.chat = chat()
     # Devices along each axis, of all processes; one may be -1, what the others leave. Rows of
     # batches are spread over data and fsdp, parameters over fsdp and tensor. All 1: one device.
@@ -76,7 +77,12 @@ def get_config() -> ConfigDict:
     config.pretrain = False  # True makes the base afresh first, in run_dir/base
     config.quick = False  # True: one seed, fewer problems, fewer steps, in run_dir-quick
     config.decode = ConfigDict(
-        dict(max_prompt_length=placeholder(int), max_new_tokens=52, slots=placeholder(int))
+        dict(
+            max_prompt_length=placeholder(int),
+            max_new_tokens=52,
+            slots=placeholder(int),
+            cache_dtype=placeholder(str),  # int8 halves the cache of bfloat16, for some error
+        )
     )
 
     # Before stage I, where the model has yet to learn the formats (`experiments.sft`).

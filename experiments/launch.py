@@ -40,7 +40,7 @@ from spark_jax.evaluation.benchmarks import ANSWER_FROM
 from spark_jax.experiments import progress
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models import config as model_config
-from spark_jax.models.config import ModelConfig
+from spark_jax.models.config import ATTENTION, ModelConfig
 from spark_jax.parallel import mesh as meshes
 from spark_jax.parallel import processes
 from spark_jax.prm.evaluate import JUDGE_KINDS
@@ -55,6 +55,8 @@ from spark_jax.verification.aggregate import AGGREGATIONS
 
 Config = Any  # ml_collections.ConfigDict
 
+# Fields of a model's configuration in which a policy and its reference may differ.
+HOW_COMPUTED = ("dtype", "max_positions", "remat", "attention", "cache_dtype")
 NEEDS_VERDICTS = ("selective", "global_step")
 
 
@@ -170,6 +172,9 @@ def check_common(config: Config) -> None:
     _refuse("task", lambda: load_task(config))
     _model_exists("model", config.model)
     _choose("dtype", config.dtype, ("float32", "bfloat16"))
+    _choose("attention", config.attention, ATTENTION)
+    if config.decode.cache_dtype is not None:
+        _choose("decode.cache_dtype", config.decode.cache_dtype, ("int8",))
     _refuse("chat", lambda: chat_options(config))
     _at_least(1, config, "decode.max_new_tokens")
     for field in ("decode.max_prompt_length", "decode.slots"):
@@ -431,12 +436,23 @@ def save_model(path: Path, model: Loaded) -> None:
 
 def load_trainable(config: Config, name: str) -> Loaded:
     """A model to be trained: float32 parameters that compute in `config.dtype`."""
-    return load_model(name, compute_dtype=config.dtype)
+    return _as_configured(load_model(name, compute_dtype=config.dtype), config)
 
 
 def load_text_model(config: Config, name: str) -> TextModel:
     """A model that only writes text, in `config.dtype`."""
-    return text_model(*load_model(name, dtype=config.dtype), name=name)
+    return text_model(*_as_configured(load_model(name, dtype=config.dtype), config), name=name)
+
+
+def _as_configured(loaded: Loaded, config: Config) -> Loaded:
+    return loaded._replace(config=how_computed(loaded.config, config))
+
+
+def how_computed(model: ModelConfig, config: Config) -> ModelConfig:
+    """The model's shape with what the experiment says of how it is computed."""
+    return dataclasses.replace(
+        model, attention=config.attention, cache_dtype=config.decode.cache_dtype
+    )
 
 
 def text_model(
@@ -472,8 +488,8 @@ def decode_options(config: Config) -> DecodeOptions:
 def sub_config(config: Config, *sections: str, **changes: Any) -> Config:
     """What one stage needs of a larger configuration: its folder depends on nothing else, not on
     the mesh either."""
-    names = ("seed", "task", "task_options", "model", "dtype", "chat", "decode", *sections)
-    part = ml_collections.ConfigDict({name: config[name] for name in names})
+    names = ("seed", "task", "task_options", "model", "dtype", "attention", "chat", "decode")
+    part = ml_collections.ConfigDict({name: config[name] for name in (*names, *sections)})
     return changed(part, changes)
 
 

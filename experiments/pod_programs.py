@@ -96,7 +96,7 @@ def model_shape(config: Config, name: str) -> ModelConfig:
         fields = MODEL_SHAPES[name]
     else:
         fields = _from_hub(name)
-    return model_config.from_hf(fields, dtype=config.dtype)
+    return launch.how_computed(model_config.from_hf(fields, dtype=config.dtype), config)
 
 
 def bytes_per_device(arrays: Any) -> int:

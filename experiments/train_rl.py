@@ -611,7 +611,7 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
     other = launch.load_model(config.rl.reference_model, dtype=config.dtype)
     for field in dataclasses.fields(ModelConfig):
         given, needed = getattr(other.config, field.name), getattr(model_config, field.name)
-        if given != needed and field.name not in ("dtype", "max_positions", "remat"):
+        if given != needed and field.name not in launch.HOW_COMPUTED:
             raise launch.ConfigError(
                 f"rl.reference_model={config.rl.reference_model!r} has {field.name}={given}, the "
                 f"policy {needed}; a reference policy must be of the policy's shape"

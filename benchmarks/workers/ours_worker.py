@@ -228,7 +228,9 @@ WORK: dict[str, Callable[[Job], Run]] = {
 
 def _config(job: Job) -> ModelConfig:
     model = config.from_hf(job["model"], dtype=job["dtype"])
-    return dataclasses.replace(model, remat=job.get("remat", True))
+    return dataclasses.replace(
+        model, remat=job.get("remat", True), cache_dtype=job.get("cache_dtype")
+    )
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
-from spark_jax.models.cache import Segment
+from spark_jax.models.cache import Rounded, Segment
 from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
 
 LONG = 4096  # tokens
@@ -67,21 +67,26 @@ def cached(
       prompt_mask: the first tokens of each lane's prompt, as many as count.
       implementation: a value of `ModelConfig.attention`. On TPU "auto" is a Pallas kernel
         (`kernels.prefix_decode_attention`) where kv is of all layers, as is "splash" anywhere;
-        everything else is XLA, and so is a mesh whose `tensor` does not divide the KV heads.
+        everything else is XLA, and so are a cache in int8 and a mesh whose `tensor` does not
+        divide the KV heads.
     """
-    if kv.layer is not None and _by_kernel(implementation, kv.keys.shape[2]):
+    rounded = isinstance(kv.keys, Rounded)
+    if kv.layer is not None and not rounded and _by_kernel(implementation, kv.keys.shape[2]):
         return _cached_by_kernel(q, kv, prompt_mask, own_mask)
     kv = kv.one_layer()
     queries = q.reshape(len(q), kv.keys.shape[1], -1, q.shape[-1])
     # Batch axes first: in bfloat16 newer XLA:CPU multiplies no other order.
     dot = {"preferred_element_type": jnp.float32}
-    wide = kv.keys.dtype
-    own = jnp.einsum("sgqk,sgkt->sgqt", queries.astype(wide), kv.keys, **dot) * q.shape[-1] ** -0.5
+    keys, key_scale = _wide(kv.keys, q.dtype)
+    values, value_scale = _wide(kv.values, q.dtype)
+    own = jnp.einsum("sgqk,sgkt->sgqt", queries.astype(keys.dtype), keys, **dot)
+    own = _scaled(own * q.shape[-1] ** -0.5, key_scale)
     # Every slot has a token of its own, so the joint maximum is never the masked value.
     own = jnp.where(own_mask[:, None, None], own, _MASKED)
 
     def weigh(weights: Array) -> Array:
-        return jnp.einsum("sgqt,sgtk->sgqk", weights.astype(wide), kv.values, **dot)
+        weights = _scaled(weights, value_scale, axis=-1).astype(values.dtype)
+        return jnp.einsum("sgqt,sgtk->sgqk", weights, values, **dot)
 
     parts: list[_Part] = [
         (own, weigh),
@@ -369,14 +374,16 @@ def _template_part(q: Float[Array, "B G N K"], template: Template) -> _Part:
 
 def _shared_part(
     q: Float[Array, "B G N K"],
-    keys: Float[Array, "R G K L"],
-    values: Float[Array, "R G L K"],
+    keys: Float[Array, "R G K L"] | Rounded,
+    values: Float[Array, "R G L K"] | Rounded,
     mask: Bool[Array, "R L"],
 ) -> _Part:
     """B / R neighbours share one set of keys: their queries of one KV head make one plain matrix
     product, so keys and values are read once for all of them."""
     b, g, n, _ = q.shape
-    r = len(keys)
+    r = keys.shape[0]
+    keys, key_scale = _wide(keys, q.dtype)
+    values, value_scale = _wide(values, q.dtype)
 
     def together(x: Array) -> Array:
         return x.reshape(r, b // r, g, n, -1).swapaxes(1, 2).reshape(r, g, b // r * n, -1)
@@ -385,13 +392,30 @@ def _shared_part(
         return x.reshape(r, g, b // r, n, -1).swapaxes(1, 2).reshape(b, g, n, -1)
 
     dot = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("rgnk,rgkl->rgnl", together(q), keys, **dot) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("rgnk,rgkl->rgnl", together(q), keys, **dot)
+    scores = _scaled(scores * q.shape[-1] ** -0.5, key_scale)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
 
     def weigh(weights: Array) -> Array:
-        return apart(jnp.einsum("rgnl,rglk->rgnk", together(weights), values, **dot))
+        weights = _scaled(together(weights), value_scale, axis=-1).astype(values.dtype)
+        return apart(jnp.einsum("rgnl,rglk->rgnk", weights, values, **dot))
 
     return apart(scores), weigh
+
+
+def _wide(x: Array | Rounded, dtype: Any) -> tuple[Array, Array | None]:
+    """Keys or values to multiply with, and their scale, with which scores and weights are
+    multiplied instead of them all."""
+    return (x.rounded.astype(dtype), x.scale) if isinstance(x, Rounded) else (x, None)
+
+
+def _scaled(
+    x: Float[Array, "*B Q S"], scale: Float[Array, "..."] | None, axis: int = -2
+) -> Float[Array, "*B Q S"]:
+    """Scores or weights of S keys times these keys' scale, whose only K lies along `axis`."""
+    if scale is None:
+        return x
+    return x * (scale if axis == -2 else jnp.swapaxes(scale, -1, -2))
 
 
 def _join(parts: list[_Part], dtype: Any) -> Float[Array, "..."]:

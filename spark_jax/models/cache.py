@@ -15,7 +15,7 @@ With a mesh in scope, lanes and slots are spread over it like the rows of a batc
 from __future__ import annotations
 
 import dataclasses
-import functools
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -27,6 +27,26 @@ from spark_jax.parallel.sharding import constrain, mesh_in_scope, spec
 
 _AXES = ("batch", "kv_heads", None, None)
 """Of the keys and values of lanes or slots in one layer."""
+
+
+@flax.struct.dataclass
+class Rounded:
+    """Keys or values in 8 bits: `rounded` · `scale`, one scale per token and head, which is the
+    largest of the K absolute values divided by 127."""
+
+    rounded: Any  # int8, shaped as what it stands for
+    scale: Any  # float32, the same with 1 in place of K
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rounded.shape
+
+
+def round_to_int8(x: Any, axis: int) -> Rounded:
+    """Of keys or values whose K numbers lie along `axis`; zeros stay zeros."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / 127
+    return Rounded(jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
 
 @flax.struct.dataclass
@@ -74,24 +94,28 @@ class Segment(NamedTuple):
 
     def write(self, k: Any, v: Any, column: Any) -> Segment:
         """With the new keys and values [R·W, H_kv, K] of all slots in one column: in place."""
-        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
+        axes: tuple[str | None, ...] = _AXES
+        start: tuple[Any, ...] = (0, 0)
+        k, v = k[..., None], v[..., None, :]
         if self.layer is not None:
             axes, start = ("layers", *_AXES), (self.layer, 0, 0)
-            write = jax.lax.dynamic_update_slice
-            keys = write(self.keys, k[None, ..., None], (*start, 0, column))
-            values = write(self.values, v[None, :, :, None], (*start, column, 0))
-            return self._replace(keys=constrain(keys, axes), values=constrain(values, axes))
-        keys = jax.lax.dynamic_update_slice_in_dim(self.keys, k[..., None], column, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(self.values, v[..., None, :], column, axis=2)
-        return self._replace(keys=constrain(keys, _AXES), values=constrain(values, _AXES))
+            k, v = k[None], v[None]
+
+        def write(old: Any, new: Any, at: tuple[Any, ...]) -> Any:
+            new = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (*start, *at))
+            return constrain(new, axes)
+
+        keys = jax.tree.map(partial(write, at=(0, column)), self.keys, _like(self.keys, k, -2))
+        values = jax.tree.map(
+            partial(write, at=(column, 0)), self.values, _like(self.values, v, -1)
+        )
+        return self._replace(keys=keys, values=values)
 
     def one_layer(self) -> Segment:
         """The arrays of the layer that is meant, cut from those of all."""
         if self.layer is None:
             return self
-        cut = functools.partial(
-            jax.lax.dynamic_index_in_dim, index=self.layer, axis=0, keepdims=False
-        )
+        cut = partial(jax.lax.dynamic_index_in_dim, index=self.layer, axis=0, keepdims=False)
         return jax.tree.map(cut, self._replace(layer=None))
 
 
@@ -157,23 +181,30 @@ def empty(
     """A cache of zeros with no valid token in it. The slots' own part may be wider than the compute
     dtype; what is written is rounded to that all the same."""
 
-    def zeros(*shape: int, dtype: Any) -> Any:
+    def of_dtype(*shape: int, dtype: Any) -> Any:
         if stacked:
             return constrain(jnp.zeros((config.num_layers, *shape), dtype), ("layers", *_AXES))
         return tuple(constrain(jnp.zeros(shape, dtype), _AXES) for _ in range(config.num_layers))
+
+    def zeros(*shape: int, axis: int, dtype: Any) -> Any:
+        if config.cache_dtype is None:
+            return of_dtype(*shape, dtype=dtype)
+        one = (*shape[:axis], 1, *shape[axis:][1:])
+        parts = of_dtype(*shape, dtype=jnp.int8), of_dtype(*one, dtype=jnp.float32)
+        return Rounded(*parts) if stacked else tuple(map(Rounded, *parts))
 
     heads, head_dim, dtype = config.num_kv_heads, config.head_dim, config.compute_dtype
     # Unrolled decoding is for CPU, where XLA widens the whole of a bfloat16 array to update a part.
     own_dtype = dtype if stacked else jnp.float32
     prompt = PromptCache(
-        keys=zeros(lanes, heads, head_dim, prompt_length, dtype=dtype),
-        values=zeros(lanes, heads, prompt_length, head_dim, dtype=dtype),
+        keys=zeros(lanes, heads, head_dim, prompt_length, axis=2, dtype=dtype),
+        values=zeros(lanes, heads, prompt_length, head_dim, axis=3, dtype=dtype),
         lengths=jnp.zeros(lanes, jnp.int32),
     )
     return Cache(
         prompt,
-        keys=zeros(lanes * width, heads, head_dim, columns, dtype=own_dtype),
-        values=zeros(lanes * width, heads, columns, head_dim, dtype=own_dtype),
+        keys=zeros(lanes * width, heads, head_dim, columns, axis=2, dtype=own_dtype),
+        values=zeros(lanes * width, heads, columns, head_dim, axis=3, dtype=own_dtype),
         template=template,
     )
 
@@ -191,8 +222,8 @@ def insert(cache: Cache, prompts: PromptCache, lanes: Any) -> Cache:
         return _in_shards(write, (old, new), lanes)
 
     prompt = PromptCache(
-        jax.tree.map(into, cache.prompt.keys, prompts.keys),
-        jax.tree.map(into, cache.prompt.values, prompts.values),
+        jax.tree.map(into, cache.prompt.keys, _like(cache.prompt.keys, prompts.keys, -2)),
+        jax.tree.map(into, cache.prompt.values, _like(cache.prompt.values, prompts.values, -1)),
         _in_shards(
             lambda old, new, lanes: old.at[lanes].set(new, mode="drop"),
             (cache.prompt.lengths, prompts.lengths),
@@ -212,6 +243,14 @@ def rearrange(cache: Cache, source: Any) -> Cache:
     keys, values = jax.tree.map(take, (cache.prompt.keys, cache.prompt.values))
     lengths = _in_shards(lambda x, source: x[source], (cache.prompt.lengths,), source)
     return dataclasses.replace(cache, prompt=PromptCache(keys, values, lengths))
+
+
+def _like(cache: Any, new: Any, axis: int) -> Any:
+    """New keys or values, K numbers along `axis`, as the cache holds them: of one layer or
+    stacked, or a tuple of layers."""
+    if isinstance(cache, tuple):
+        return tuple(_like(old, x, axis) for old, x in zip(cache, new, strict=True))
+    return round_to_int8(new, axis) if isinstance(cache, Rounded) else new
 
 
 def _in_shards(function: Any, arrays: tuple[Any, ...], index: Any) -> Any:

@@ -49,6 +49,9 @@ class ModelConfig:
     """Recompute each layer in the backward pass instead of storing its activations."""
     attention: str = "auto"
     """What computes the attention of whole sequences, of `ATTENTION`: see `models.attention`."""
+    cache_dtype: str | None = None
+    """What decoding keeps keys and values in: None for the compute dtype, or "int8", with a scale
+    per token and head (`models.cache.Rounded`): half the memory of bfloat16, for some error."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -61,6 +64,8 @@ class ModelConfig:
             raise ValueError(f"dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r}; choose from {list(ATTENTION)}")
+        if self.cache_dtype not in (None, "int8"):
+            raise ValueError(f"cache_dtype={self.cache_dtype!r}; choose None or 'int8'")
 
     @property
     def compute_dtype(self) -> np.dtype:

@@ -232,7 +232,7 @@ def decode_step(
     prompt_mask = jnp.arange(cache.prompt_length) < cache.prompt.lengths[:, None]
     own_mask = constrain(own_mask.reshape(lanes * width, -1), ("batch", None))
 
-    def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Array, Array]]:
+    def attend(q: Array, k: Array, v: Array, kv: Segment) -> tuple[Array, tuple[Any, Any]]:
         kv = kv.write(k[:, 0], v[:, 0], column)
         out = attention.cached(q[:, 0], kv, prompt_mask, own_mask, config.attention)
         return out[:, None], (kv.keys, kv.values)
@@ -344,7 +344,7 @@ def _scan_in_place(
         kv = cache._replace(keys=keys, values=values, layer=index)
         return step(x, (layer, kv)), None
 
-    index = jnp.arange(len(cache.keys))
+    index = jnp.arange(cache.keys.shape[0])
     return jax.lax.scan(body, (x, (cache.keys, cache.values)), (layers, index))[0]
 
 

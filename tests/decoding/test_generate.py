@@ -10,6 +10,7 @@ import pytest
 from spark_jax import decoding, scoring
 from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import ladder
+from spark_jax.models import cache as kv_cache
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.text_generation import rollout_texts
@@ -34,9 +35,9 @@ def prompts():
     return [rng.integers(0, 50, n).tolist() for n in (1, 4, 8, 2, 5, 7, 3)]
 
 
-def generate(params, prompts, sampling=RANDOM, **options):
+def generate(params, prompts, sampling=RANDOM, config=CONFIG, **options):
     options = {"key": KEY, "samples_per_prompt": 1, "max_new_tokens": 20, **options}
-    return decoding.generate(params, CONFIG, prompts, sampling=sampling, **options)
+    return decoding.generate(params, config, prompts, sampling=sampling, **options)
 
 
 def responses(rollout):
@@ -107,9 +108,12 @@ def test_layouts_agree(params, prompts):
     assert responses(stacked) == responses(unrolled)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
-def test_sampler_agrees_with_scorer(prompts, dtype, tolerance):
-    config = dataclasses.replace(CONFIG, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "tolerance"),
+    [("float32", None, 1e-4), ("bfloat16", None, 0.05), ("float32", "int8", 0.02)],
+)
+def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, tolerance):
+    config = dataclasses.replace(CONFIG, dtype=dtype, cache_dtype=cache_dtype)
     params = transformer.init(config, jax.random.key(0))
     rollout = decoding.generate(
         decoding.layout(params, config),
@@ -128,6 +132,37 @@ def test_sampler_agrees_with_scorer(prompts, dtype, tolerance):
     )
     np.testing.assert_allclose(rollout.logprobs, scored, atol=tolerance)
     assert np.all(np.asarray(rollout.logprobs)[~np.asarray(rollout.mask)] == 0)
+
+
+@pytest.mark.parametrize("how", [{}, {"slots": 4, "min_shared_prefix": 1}], ids=str)
+def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(params, prompts, how):
+    """Both layouts, rows that wait for lanes, lanes that take over prompts, a shared template."""
+    prompts = [[5, 6, *prompt] for prompt in prompts]
+    config = dataclasses.replace(CONFIG, cache_dtype="int8")
+    exact = generate(params, prompts, samples_per_prompt=3, **how)
+    stacked = generate(params, prompts, config=config, samples_per_prompt=3, **how)
+    unrolled = generate(
+        decoding.layout(params, config), prompts, config=config, samples_per_prompt=3, **how
+    )
+    for rollout in (stacked, unrolled):
+        same = np.cumprod(np.asarray(rollout.tokens) == np.asarray(exact.tokens), axis=1)
+        same = same.astype(bool) & np.asarray(exact.mask)
+        assert same.sum() > 0.4 * np.asarray(exact.mask).sum()  # nearly equal scores, by chance
+        gap = np.abs(np.asarray(rollout.logprobs) - np.asarray(exact.logprobs))[same]
+        assert 0 < gap.max() < 0.02
+
+    def size(config):
+        cache = jax.eval_shape(
+            lambda: kv_cache.empty(
+                config, lanes=2, width=3, prompt_length=32, columns=64, stacked=True
+            )
+        )
+        leaves = jax.tree.leaves((cache.keys, cache.values, cache.prompt.keys))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    of_scales = 4 / CONFIG.head_dim  # float32, one to each head_dim numbers
+    narrow = size(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    assert size(config) == narrow / 2 * (1 + of_scales)
 
 
 def test_stop_token_belongs_to_the_response(params, prompts):

@@ -19,6 +19,8 @@ from spark_jax.experiments import launch, merge_verifications, pipeline, study
         ({"task": "chess"}, "task='chess'.*arithmetic_chains"),
         ({"model": "nowhere"}, "model='nowhere' is no checkpoint folder.*smollm2-135m-instruct"),
         ({"dtype": "float16"}, "dtype='float16'.*bfloat16"),
+        ({"attention": "flash"}, "attention='flash'.*blockwise"),
+        ({"decode.cache_dtype": "int4"}, "decode.cache_dtype='int4'.*int8"),
         ({"chat.template": "maybe"}, "chat: chat.template='maybe'; choose auto"),
         ({"verify.model": "nowhere"}, "verify.model='nowhere' is no checkpoint folder"),
         ({"task_options.data": "x"}, "task: .*does not read task_options .'data'."),

@@ -38,6 +38,7 @@ UNTIED = ModelConfig(
 )
 TIED = dataclasses.replace(UNTIED, tied_embeddings=True, qkv_bias=False, qk_norm=True)
 MULTI_QUERY = dataclasses.replace(TIED, num_kv_heads=1)
+IN_INT8 = dataclasses.replace(UNTIED, cache_dtype="int8")
 GRID = {
     "8x1x1": (8, 1, 1),
     "2x2x2": (2, 2, 2),
@@ -241,14 +242,14 @@ decode_by_one = functools.cache(decode)
             kind,
             name,
             config,
-            id=f"{kind}-{name}-kv{config.num_kv_heads}",
+            id=f"{kind}-{name}-kv{config.num_kv_heads}-{config.cache_dtype or 'exact'}",
             marks=[]
             if (kind, name, config) == ("in_turn", "2x2x2", UNTIED)
             else [pytest.mark.slow],
         )
         for kind in REQUESTS
         for name in GRID
-        for config in (UNTIED, MULTI_QUERY)
+        for config in (UNTIED, MULTI_QUERY, IN_INT8)
         if config is UNTIED or kind == "in_turn"
     ],
 )
