@@ -12,9 +12,11 @@ if [[ $# == 0 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 folder=$(mktemp -d)
 export SPARK_JAX_COMPLETED=$folder/completed
 
+child= told=
+trap 'told=1; if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi' INT TERM
 "$@" &
 child=$!
-trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM
+if [[ -n $told ]]; then kill -TERM "$child" || true; fi
 code=0
 while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done
 

@@ -15,16 +15,19 @@ PYTHON=${PYTHON:-.venv/bin/python}
 DRY_RUN=
 if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
 if [[ $# -lt 2 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PROCESSES=$1 EXPERIMENT=$2
 shift 2
 
-pids=()
+pids=() told=
+trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < PROCESSES; i++)); do
+  if [[ -n $told ]]; then break; fi
   variables=(JAX_PLATFORMS=cpu "SPARK_JAX_COORDINATOR=localhost:$PORT"
     "SPARK_JAX_NUM_PROCESSES=$PROCESSES" "SPARK_JAX_PROCESS_ID=$i")
   command=(env "${variables[@]}" "$PYTHON" -m "spark_jax.experiments.$EXPERIMENT" "$@")
   if [[ -n $DRY_RUN ]]; then
-    echo "${command[*]} >> $LOGS/process_$i.log 2>&1 &"
+    echo "$(quoted "${command[@]}") >> $LOGS/process_$i.log 2>&1 &"
     continue
   fi
   mkdir -p "$LOGS"
@@ -34,7 +37,6 @@ for ((i = 0; i < PROCESSES; i++)); do
 done
 if [[ -n $DRY_RUN ]]; then exit; fi
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 status=0
 for i in "${!pids[@]}"; do
   code=0

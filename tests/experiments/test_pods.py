@@ -109,6 +109,9 @@ def test_arguments_reach_the_program_word_by_word():
     first = words.index("--config=configs/spark_qwen25_math_7b.py") + 1
     assert words[first : first + 3] == expected
 
+    (line,) = run("local", "--dry-run", "1", "train_rl", *expected).stdout.splitlines()
+    assert shlex.split(line.partition(" >> ")[0])[-3:] == expected
+
 
 def test_a_manifest_is_yaml():
     yaml = pytest.importorskip("yaml")
@@ -339,6 +342,7 @@ def test_statuses_and_signals_of_processes_are_passed_on(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert [child.stdout.readline()[:10] for _ in range(2)] == ["process 0:", "process 1:"]
     wait_for("ready", tmp_path / "logs" / "process_0.log")
     child.terminate()
     output, _ = child.communicate(timeout=30)
