@@ -5,7 +5,7 @@
 #   experiments/pods/complete.sh python -m spark_jax.experiments.train_rl --config=configs/demo.py
 #
 # A run that is told to stop, by SIGTERM, which is passed on, saves and ends with status 0. What is
-# to start it again wants to see another one: 75, "try again".
+# to start it again wants to see another one: 75, "try again". Other statuses are passed on.
 set -euo pipefail
 
 if [[ $# == 0 ]]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
@@ -20,6 +20,10 @@ if [[ -n $told ]]; then kill -TERM "$child" || true; fi
 code=0
 while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done
 
-if [[ -e $SPARK_JAX_COMPLETED ]]; then code=0; elif ((code == 0)); then code=75; fi
+if [[ -e $SPARK_JAX_COMPLETED ]]; then
+  code=0
+elif [[ -n $told ]] || ((code == 0)); then  # a signal may make bash lose what the child ended with
+  code=75
+fi
 rm -r "$folder"
 exit "$code"

@@ -41,6 +41,8 @@ status=0
 for i in "${!pids[@]}"; do
   code=0
   while wait "${pids[i]}" || code=$?; kill -0 "${pids[i]}" 2>/dev/null; do code=0; done
+  # Told to end, it does so with 0 or 143; a signal may make bash lose which.
+  if [[ -n $told ]] && ((code == 143 || code == 255)); then code=0; fi
   echo "process $i ended with status $code"
   if ((code > status)); then status=$code; fi
 done

@@ -271,6 +271,14 @@ def test_only_a_complete_run_ends_well(program, status):
     assert done.returncode == status
 
 
+def test_a_program_that_ends_as_the_signal_comes_keeps_its_status(tmp_path):
+    """It sends the signal itself, last of all: the waiting shell hears both at once."""
+    program = "kill -TERM $PPID; exit 0"
+    for _ in range(10):
+        command = ["bash", PODS / "complete.sh", "bash", "-c", f"trap '' TERM; {program}"]
+        assert subprocess.run(command, check=False).returncode == 75
+
+
 SRUN = """#!/bin/bash
 echo started >> calls
 while [[ -e wait ]]; do
