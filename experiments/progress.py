@@ -65,9 +65,17 @@ class Jobs:
         bar = Bar(self.progress, title)
         bar.report(0.0, len(jobs))
 
+        ended = threading.Event()  # by an error: no other job is begun
+
         def one(index: int) -> None:
+            if ended.is_set():
+                return
             job, config, path = jobs[index]
-            job(config, path, lambda done, total: report(index, done / total))
+            try:
+                job(config, path, lambda done, total: report(index, done / total))
+            except BaseException:
+                ended.set()
+                raise
             report(index, 1.0)
 
         def report(index: int, done: float) -> None:

@@ -98,13 +98,20 @@ def test_jobs_that_were_done_do_not_make_the_others_look_faster(clock, tmp_path)
     assert lines[-1] == "Stage: 4 of 4, left: 0:00:00"
 
 
-def test_an_error_in_a_job_ends_the_stage(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_an_error_in_a_job_ends_the_stage_and_no_other_begins(tmp_path, error):
     def breaks(config, path, on_progress):
-        raise RuntimeError("no such thing")
+        raise error("no such thing")
 
+    def begins(config, path, on_progress):
+        begun.append(path)
+
+    begun = []
     console, text = log()
-    with bars(console) as shown, pytest.raises(RuntimeError, match="no such thing"):
-        Jobs(shown, 2).run("Stage", [(breaks, None, tmp_path)])
+    with bars(console) as shown, pytest.raises(error, match="no such thing"):
+        others = [(begins, None, tmp_path)] * 50
+        Jobs(shown, 1).run("Stage", [(breaks, None, tmp_path), *others])
+    assert not begun
     assert "stopping: what is under way is finished first" in text.getvalue()
 
 
