@@ -107,10 +107,10 @@ def test_an_error_in_a_job_ends_the_stage_and_no_other_begins(tmp_path, error):
         begun.append(path)
 
     begun = []
+    jobs = [(breaks, None, tmp_path), *[(begins, None, tmp_path)] * 50]
     console, text = log()
     with bars(console) as shown, pytest.raises(error, match="no such thing"):
-        others = [(begins, None, tmp_path)] * 50
-        Jobs(shown, 1).run("Stage", [(breaks, None, tmp_path), *others])
+        Jobs(shown, 1).run("Stage", jobs)
     assert not begun
     assert "stopping: what is under way is finished first" in text.getvalue()
 
