@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
     config.model = f"{RUNS}/sft/model"
     config.generate.update(dict(num_problems=50, samples_per_problem=2, chunk_size=25))
     config.verify.update(dict(samples_per_solution=4, report_sample_counts=(1, 4)))
-    config.prm.update(dict(data=f"{RUNS}/stage1", steps=6, batch_size=4, max_length=768))
+    config.prm.update(
+        dict(data=f"{RUNS}/stage1", steps=6, batch_size=4, max_length=768, balance=False)
+    )
     config.rl.update(
         dict(reward_model=f"{RUNS}/prm/model", steps=4, evaluate_every=4, save_every=4)
     )

@@ -135,8 +135,9 @@ def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, tolerance):
 
 
 @pytest.mark.parametrize("how", [{}, {"slots": 4, "min_shared_prefix": 1}], ids=str)
-def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(params, prompts, how):
+def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(prompts, how):
     """Both layouts, rows that wait for lanes, lanes that take over prompts, a shared template."""
+    params = transformer.init(CONFIG, jax.random.key(0))
     prompts = [[5, 6, *prompt] for prompt in prompts]
     config = dataclasses.replace(CONFIG, cache_dtype="int8")
     exact = generate(params, prompts, samples_per_prompt=3, **how)
@@ -149,7 +150,8 @@ def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(params, prompts, h
         same = same.astype(bool) & np.asarray(exact.mask)
         assert same.sum() > 0.4 * np.asarray(exact.mask).sum()  # nearly equal scores, by chance
         gap = np.abs(np.asarray(rollout.logprobs) - np.asarray(exact.logprobs))[same]
-        assert 0 < gap.max() < 0.02
+        assert 0 < gap.max() < 0.06
+        assert gap.mean() < 0.01
 
     def size(config):
         cache = jax.eval_shape(

@@ -72,6 +72,7 @@ def config(base):
         "verify.samples_per_solution": 2,
         "verify.report_sample_counts": (2,),
         "prm.steps": 2,
+        "prm.balance": False,
         "prm.batch_size": 2,
         "prm.max_length": 1500,
         "prm.optimizer.warmup_steps": 1,
