@@ -152,10 +152,12 @@ def searched(
             "that are to be searched"
         )
     for mesh in tried:
-        how = {"programs": programs, "num_slices": num_slices, "on_row": on_row}
-        how["hlo_folder"] = hlo_folder
         try:
-            found.append(compile_programs(config, topology, mesh, **how))  # type: ignore[arg-type]
+            rows = compile_programs(
+                config, topology, mesh, programs=programs, num_slices=num_slices,
+                hlo_folder=hlo_folder, on_row=on_row,
+            )  # fmt: skip
+            found.append(rows)
         except ConfigError:
             raise
         except ValueError as error:

@@ -27,9 +27,7 @@ from spark_jax.experiments import launch
 from spark_jax.experiments.launch import Config
 from spark_jax.parallel import sharding
 from spark_jax.rewards.format import MAX_STEPS
-from spark_jax.rewards.prm import (
-    Judged,
-)
+from spark_jax.rewards.prm import Judged
 from spark_jax.rewards.process import (
     cumulative_process_reward,
     process_reward_auc,

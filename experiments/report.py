@@ -10,7 +10,6 @@ shown as far as it is. The file needs no network and no server.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from spark_jax.reports.benchmarks import Table
 from spark_jax.reports.page import Page, Rollout
 from spark_jax.reports.rollouts import RolloutRecord
 from spark_jax.reports.runs import Run
-from spark_jax.reports.study import stage1_scores, stage2_scores
+from spark_jax.reports.study import read_json, stage1_scores, stage2_scores
 
 logger = logging.getLogger(__name__)
 
@@ -67,26 +66,22 @@ def stage_tables(path: Path, found: Sequence[Run]) -> list[Table]:
     """Those of a study or a pipeline that has come so far; else one of each name of a stage I run,
     and one of all reward models, over the seeds that have finished."""
     if (path / "study.json").exists():
-        return list(full_study.tables(_json(path / "study.json")))
-    if (path / "summary.json").exists() and "stage3" in (summary := _json(path / "summary.json")):
+        return list(full_study.tables(read_json(path / "study.json")))
+    if (path / "summary.json").exists() and "stage3" in (
+        summary := read_json(path / "summary.json")
+    ):
         return tables.stages(summary)
-    finished = _by_name([run for run in found if (run.path / "summary.json").exists()])
-    made = [
-        tables.stage1(
-            f"{name}: verifications against the truth ({_seeds(of)})",
-            stage1_scores([_json(run.path / "summary.json") for run in of], _samples(of[0])),
-        )
-        for name, of in finished.items()
-        if of[0].is_stage1
-    ]
-    judges = {
-        name: summaries
-        for name, of in finished.items()
-        if is_judge((summaries := [_json(run.path / "summary.json") for run in of])[0])
-    }
+    made, judges = [], {}
+    for name, of in _by_name(found).items():
+        finished = [run for run in of if (run.path / "summary.json").exists()]
+        summaries = [read_json(run.path / "summary.json") for run in finished]
+        if finished and finished[0].is_stage1:
+            title = f"{name}: verifications against the truth ({_seeds(finished)})"
+            made.append(tables.stage1(title, stage1_scores(summaries, _samples(finished[0]))))
+        elif finished and is_judge(summaries[0]):
+            judges[name] = stage2_scores(summaries)
     if judges:
-        scores = {name: stage2_scores(summaries) for name, summaries in judges.items()}
-        made.append(tables.stage2("Reward models on held-out solutions", scores))
+        made.append(tables.stage2("Reward models on held-out solutions", judges))
     return made
 
 
@@ -99,7 +94,7 @@ def _by_name(found: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs that differ in their seed alone."""
     named: dict[str, list[Run]] = {}
     for run in found:
-        named.setdefault("/".join(filter(None, (run.part, run.name))), []).append(run)
+        named.setdefault(run.full_name, []).append(run)
     return named
 
 
@@ -115,12 +110,11 @@ def chosen_rollouts(found: Sequence[Run], max_rollouts: int) -> list[Rollout]:
     several = sum(run.is_rl for run in shown) > 1
     records: list[tuple[str, RolloutRecord]] = []
     for run in shown:
-        name = "/".join(filter(None, (run.part, run.name)))
         if run.is_stage1:
-            records.append((f"{name}: solutions", stage1_record(run)))
+            records.append((f"{run.full_name}: solutions", stage1_record(run)))
         files = rollouts.recorded_steps(run.path)
         steps = _evenly(list(files), 2 if several else MAX_STEPS)
-        records += [(f"{name}, step {step}", rollouts.read(files[step])) for step in steps]
+        records += [(f"{run.full_name}, step {step}", rollouts.read(files[step])) for step in steps]
     return [
         Rollout(name, record.first_groups(_groups(record, max_rollouts // len(records))))
         for name, record in records
@@ -163,10 +157,6 @@ def _samples(run: Run) -> int:
 
 def _task_options(config: Mapping[str, Any]) -> tasks.TaskOptions:
     return tasks.TaskOptions(**config.get("task_options", {}))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def main(_: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Experiments as several processes of one machine, by their command lines."""
+"""Several processes of one machine: experiments by their command lines, and scripts of tests."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from spark_jax.parallel.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,11 +17,42 @@ def flags(config):
     return [f"--config.{name}={value}" for name, value in config.items()]
 
 
-def start(experiment, count, path, config, cache, only=None):
-    """The processes, or those of the indices `only`; their output goes to `<path>.<index>.log`."""
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def explicit(address, count, index):
+    """The variables by which a process finds the others."""
+    return {COORDINATOR: address, NUM_PROCESSES: str(count), PROCESS_ID: str(index)}
+
+
+def run_script(*command, environment, seconds, count=2):
+    """What each process of a script says; all have to end well, within so many seconds."""
+    address = free_address()
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | environment | explicit(address, count, index),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    try:
+        said = [process.communicate(timeout=seconds)[0] for process in started]
+    finally:
+        end(started)
+    assert [process.returncode for process in started] == [0] * count, "\n".join(said)
+    return said
+
+
+def start(experiment, count, path, config, cache, only=None):
+    """The processes, or those of the indices `only`; their output goes to `<path>.<index>.log`."""
+    address = free_address()
     command = [sys.executable, "-m", f"spark_jax.experiments.{experiment}"]
     command += ["--config=configs/demo.py", f"--config.run_dir={path}", *flags(config)]
     processes = []
@@ -30,11 +63,7 @@ def start(experiment, count, path, config, cache, only=None):
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
         if count > 1:
-            environment |= {
-                "SPARK_JAX_COORDINATOR": address,
-                "SPARK_JAX_NUM_PROCESSES": str(count),
-                "SPARK_JAX_PROCESS_ID": str(index),
-            }
+            environment |= explicit(address, count, index)
         with Path(f"{path}.{index}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def _verifiers(path: Path, outline: Outline) -> dict[int | str, list[Path]]:
 
 def _verifier(folders: Sequence[Path]) -> dict[str, Any]:
     """How good single verifications are, and what a vote over all of them makes of that."""
-    summaries = [_read(folder / "summary.json") for folder in folders]
+    summaries = [study.read_json(folder / "summary.json") for folder in folders]
     by_vote = [_voted_detection(folder) for folder in folders]
     one = [summary["methods"]["single"] for summary in summaries]
     vote = [summary["methods"]["step_consistency"] for summary in summaries]
@@ -133,7 +132,7 @@ def _verifier(folders: Sequence[Path]) -> dict[str, Any]:
         return {
             name: study.over_seeds(ones),
             f"voted_{name}": study.over_seeds(votes),
-            f"{name}_gain": study.over_seeds(_differences(votes, ones)),
+            f"{name}_gain": study.over_seeds(study.paired(votes, ones)),
         }
 
     return {
@@ -152,7 +151,7 @@ def _verifier(folders: Sequence[Path]) -> dict[str, Any]:
 @functools.cache
 def _voted_detection(folder: Path) -> dict[str, Any]:
     """`sampled_detection` of the step verdicts that a finished stage I run's votes arrive at."""
-    config = _read(folder / "config.json")
+    config = study.read_json(folder / "config.json")
     task = tasks.load(config["task"], tasks.TaskOptions(**config["task_options"]))
     problems = task.problems(config["generate"]["num_problems"], config["seed"], "train")
     solutions = read_jsonl(folder / "solutions.jsonl", Solution)
@@ -168,12 +167,6 @@ def _voted_detection(folder: Path) -> dict[str, Any]:
         if item.method == "step_consistency" and item.voted_verdicts is not None
     ]
     return sampled_detection(votes)
-
-
-def _differences(first: Sequence[Any], second: Sequence[Any]) -> list[float | None]:
-    """Seed by seed; missing where either is."""
-    pairs = [(study.finite(a), study.finite(b)) for a, b in zip(first, second, strict=True)]
-    return [None if a is None or b is None else a - b for a, b in pairs]
 
 
 def _stage2(path: Path, outline: Outline) -> dict[str, Any]:
@@ -273,7 +266,9 @@ def _watched(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of one run: `alarms`, pattern → the first step at which the monitor gave it; and `fell`, None
     or the evaluation at which accuracy on held-out problems had first fallen by `FALL` below its
     maximum so far (`seen`), and the one before (`after`): it fell in between."""
-    alarms = {a["pattern"]: a["first_step"] for a in _read(folder / "summary.json")["alarms"]}
+    alarms = {
+        a["pattern"]: a["first_step"] for a in study.read_json(folder / "summary.json")["alarms"]
+    }
     series = [
         (row["step"], accuracy)
         for row in rows
@@ -288,24 +283,20 @@ def _watched(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _shares(folder: Path) -> np.ndarray:
     """Share of right responses to each evaluation problem, in the problems' order."""
-    found = _read(folder / "summary.json")["evaluation"]
+    found = study.read_json(folder / "summary.json")["evaluation"]
     order = np.argsort(found["problem_ids"])
     return np.array(found["correct_per_problem"], float)[order]
 
 
 def _summaries(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Those of the finished runs among the seeds."""
-    return [_read(run / "summary.json") for run in _finished(folder, seeds)]
+    return [study.read_json(run / "summary.json") for run in _finished(folder, seeds)]
 
 
 def _finished(folder: Path, seeds: Sequence[int]) -> list[Path]:
     """The folders of the finished runs among the seeds."""
     runs = [folder / f"seed{seed}" for seed in seeds]
     return [run for run in runs if (run / "summary.json").is_file()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def _stage1_table(found: Mapping[str, Any]) -> Table:

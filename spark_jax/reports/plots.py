@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from spark_jax.reports.study import finite, over_seeds, stage1_scores, stage2_metric
+from spark_jax.reports.study import (
+    finite,
+    number_of_seeds,
+    over_seeds,
+    stage1_scores,
+    stage2_metric,
+)
 from spark_jax.training.metrics import read_metrics
 
 # Okabe and Ito's palette, told apart by colour-blind readers. Together with line styles and markers
@@ -144,9 +150,7 @@ def _close_up(axes: Any, panel: Panel) -> None:
 
 def _over_seeds(arms: Mapping[str, Any]) -> str:
     """The title of a legend: "3 seeds", "2 to 3 seeds"."""
-    counts = {scores["after"]["num_seeds"] for scores in arms.values()}
-    fewest, most = min(counts), max(counts)
-    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    return number_of_seeds(scores["after"]["num_seeds"] for scores in arms.values())
 
 
 def stage1_summary(

@@ -13,7 +13,7 @@ from typing import Any
 
 from spark_jax.reports.page import Line, Panel, Section
 from spark_jax.reports.plots import RUN_PANELS, chosen
-from spark_jax.reports.study import finite, over_seeds
+from spark_jax.reports.study import finite, number_of_seeds, over_seeds
 from spark_jax.rewards import monitor
 from spark_jax.training.metrics import read_metrics
 
@@ -54,6 +54,11 @@ class Run:
         """The rows of `metrics.jsonl`; none where there is no such file."""
         file = self.path / "metrics.jsonl"
         return read_metrics(file) if file.exists() else []
+
+    @property
+    def full_name(self) -> str:
+        """Part and name, of all seeds."""
+        return "/".join(filter(None, (self.part, self.name)))
 
     @property
     def is_rl(self) -> bool:
@@ -112,9 +117,7 @@ def alarms(runs: Sequence[Run]) -> dict[str, list[monitor.Alarm]]:
     """Run → the monitor's alarms, of the runs that it watched."""
     watched = [run for run in runs if any(f"{monitor.PREFIX}alarms" in row for row in run.metrics)]
     return {
-        f"{'/'.join(filter(None, (run.part, run.name)))}, seed {run.seed}": monitor.alarms(
-            run.metrics, run.thresholds
-        )
+        f"{run.full_name}, seed {run.seed}": monitor.alarms(run.metrics, run.thresholds)
         for run in watched
     }
 
@@ -178,11 +181,9 @@ def _by_step(run: Run, metric: str) -> dict[int, float | None]:
 
 def _note(groups: Iterable[Sequence[Run]], lines: Sequence[Line]) -> str:
     """What the bands are."""
-    counts = {len(runs) for runs in groups}
-    fewest, most = min(counts), max(counts)
-    if most > 1:
-        seeds = str(most) if fewest == most else f"{fewest} to {most}"
-        return f"mean, 95 % t-interval over {seeds} seeds"
+    counts = [len(runs) for runs in groups]
+    if max(counts) > 1:
+        return f"mean, 95 % t-interval over {number_of_seeds(counts)}"
     bounded = any(value is not None for line in lines for value in line.low)
     return "band: 95 % over problems" if bounded else ""
 

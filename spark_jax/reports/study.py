@@ -63,10 +63,11 @@ def collect(
     `differences` (claims as paired differences over seeds, in stage III of the first arm against
     each other). Every estimate is as `over_seeds` gives it.
     """
-    stage1 = [_read(path / folders.stage1(seed) / "summary.json") for seed in seeds]
-    stage1_config = _read(path / folders.stage1(seeds[0]) / "config.json")
+    stage1 = [read_json(path / folders.stage1(seed) / "summary.json") for seed in seeds]
+    stage1_config = read_json(path / folders.stage1(seeds[0]) / "config.json")
     stage2 = {
-        m: [_read(path / folders.prm(seed, m) / "summary.json") for seed in seeds] for m in methods
+        m: [read_json(path / folders.prm(seed, m) / "summary.json") for seed in seeds]
+        for m in methods
     }
     runs = {arm: [path / folders.rl(seed, arm) for seed in seeds] for arm in arms}
     results: dict[str, Any] = {
@@ -103,6 +104,12 @@ def finite(value: Any) -> float | None:
     if value is None or not math.isfinite(number := float(value)):
         return None
     return number
+
+
+def number_of_seeds(counts: Iterable[int]) -> str:
+    """ "3 seeds", "2 to 3 seeds": of things that need not have equally many."""
+    fewest, most = min(found := set(counts)), max(found)
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
 def stage1_scores(
@@ -148,7 +155,7 @@ def arm_scores(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "before": over_seeds(before),
         "after": over_seeds(after),
-        "gain": over_seeds(_paired(after, before)),
+        "gain": over_seeds(paired(after, before)),
         "curves": curves,
     }
 
@@ -178,7 +185,7 @@ def _judged_first(runs: Mapping[str, Sequence[Path]]) -> list[str]:
     """The arms, those with a reward model first: a ConfigDict hands out its keys by the alphabet,
     and what is to be compared with the rest must not hang on a name."""
     rewards = {
-        arm: _read(folders[0] / "config.json")["rl"]["reward"] for arm, folders in runs.items()
+        arm: read_json(folders[0] / "config.json")["rl"]["reward"] for arm, folders in runs.items()
     }
     return sorted(runs, key=lambda arm: rewards[arm] not in REWARDS_THAT_JUDGE)
 
@@ -207,7 +214,7 @@ def _differences(results: Mapping[str, Any]) -> dict[str, Any]:
             "stage": stage,
             "metric": metric,
             "pair": pair,
-            **over_seeds(_paired(a["per_seed"], b["per_seed"])),
+            **over_seeds(paired(a["per_seed"], b["per_seed"])),
         }
         for stage, metric, pair, a, b in _claims(results)
     }
@@ -235,11 +242,11 @@ def _claims(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any, An
         yield "III", "accuracy", f"{first} - {other}", one, two
 
 
-def _paired(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
-    """Seed by seed; missing where either is."""
-    pairs = zip(first, second, strict=True)
+def paired(first: Sequence[Any], second: Sequence[Any]) -> list[float | None]:
+    """The differences, seed by seed; missing where either is (see `over_seeds`)."""
+    pairs = [(finite(a), finite(b)) for a, b in zip(first, second, strict=True)]
     return [None if a is None or b is None else a - b for a, b in pairs]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())

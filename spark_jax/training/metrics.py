@@ -59,8 +59,9 @@ class MetricsWriter:
         if not self._writes:
             return 0
         lines = _complete_lines(self.path)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if step > 0 and step not in (there := [json.loads(line)["step"] for line in kept]):
+        steps = [json.loads(line)["step"] for line in lines]
+        kept = [line for line, at in zip(lines, steps, strict=True) if at <= step]
+        if step > 0 and step not in (there := [at for at in steps if at <= step]):
             warnings.warn(
                 f"{self.path} has no row of step {step}, from which the run goes on: rows after "
                 f"step {max(there, default=0)} were lost with the machine that wrote them",

@@ -146,8 +146,13 @@ def _check_shared(path: Path) -> None:
     """Raises, on every process, where one does not see what the first one writes."""
     if jax.process_count() == 1:
         return
-    token = path / f".shared-{processes.on_main(lambda: uuid.uuid4().hex)}"
-    processes.on_main(token.touch)
+
+    def leave() -> str:
+        name = f".shared-{uuid.uuid4().hex}"
+        (path / name).touch()
+        return name
+
+    token = path / processes.on_main(leave)
 
     def look() -> None:
         end = time.monotonic() + VISIBLE_WITHIN

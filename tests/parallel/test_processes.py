@@ -1,9 +1,5 @@
 """What several processes say to one another, and what they find out about themselves."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,24 +74,7 @@ def test_one_process_needs_nobody():
 
 def test_several_processes(tmp_path):
     """`together.py` in two processes: what they exchange, and checkpoints that they share."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    common = {COORDINATOR: address, NUM_PROCESSES: "2", "PYTHONPATH": str(HERE.parent)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, HERE / "together.py", tmp_path],
-            cwd=HERE.parents[1],
-            env=os.environ | common | {PROCESS_ID: str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        several.end(started)
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    said = several.run_script(
+        HERE / "together.py", tmp_path, environment={"PYTHONPATH": str(HERE.parent)}, seconds=300
+    )
     assert all("all is well" in text for text in said)

@@ -1,7 +1,6 @@
 """SIGTERM, sent to real processes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import several
 
-from spark_jax.parallel.processes import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from spark_jax.training import preemption
 
 HERE = Path(__file__).parent
@@ -46,25 +44,13 @@ def test_what_a_process_does_that_is_told_to_end(tmp_path):
     ("case", "step"), [("both_hold", 1), ("first_is_in_its_update", 2), ("in_the_last_step", 2)]
 )
 def test_all_of_several_processes_save_where_one_is_told_to_end(tmp_path, case, step):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    common = {preemption.GRACE_VARIABLE: "2", COORDINATOR: address, NUM_PROCESSES: "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, HERE / "told_to_end_together.py", case, tmp_path],
-            env=os.environ | common | {PROCESS_ID: str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in started]
-    finally:
-        several.end(started)
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    said = several.run_script(
+        HERE / "told_to_end_together.py",
+        case,
+        tmp_path,
+        environment={preemption.GRACE_VARIABLE: "2"},
+        seconds=200,
+    )
     assert not any("went on" in text for text in said)
     assert [path.name for path in tmp_path.iterdir()] == [str(step)]
 
