@@ -223,11 +223,11 @@ def test_arms_of_no_part_are_named(config, tmp_path):
 
 @pytest.mark.slow
 def test_an_early_model_is_made_once(tmp_path):
-    path = study.early_model(tmp_path, updates=2)
-    study.make_early_model(path, updates=2)
+    path = study.early_model(tmp_path, updates=51)
+    study.make_early_model(path, updates=51)
     assert launch.load_model(str(path)).config.num_layers == 2
     (path / "model.safetensors").write_bytes(b"kept")
-    study.make_early_model(path, updates=2)
+    study.make_early_model(path, updates=51)
     assert (path / "model.safetensors").read_bytes() == b"kept"
 
 
