@@ -39,8 +39,8 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spark_jax.experiments import launch, pod_plan
-from spark_jax.experiments.launch import Config, ConfigError
+from spark_jax.experiments import checks, launch, pod_plan
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.pod_worker import WRONG_JOB
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels.ahead_of_time import environment
@@ -289,7 +289,7 @@ def main() -> None:
 def run(config: Config, options: Any) -> None:
     """Compiles, prints and writes, as the command line's `options` say."""
     jax.config.update("jax_platforms", "cpu")  # of this process: the other one compiles
-    launch.check_common(config)
+    checks.check_common(config)
     console = Console(width=None if sys.stdout.isatty() else 200)
 
     def on_row(row: Row) -> None:

@@ -46,8 +46,8 @@ from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
 from spark_jax.evaluation.processbench import ProcessBenchSample
-from spark_jax.experiments import launch, progress
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import checks, configuration, launch, loading, progress
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes, sharding
@@ -67,23 +67,23 @@ Benchmarks = tuple[dict[str, tuple[tasks.Task, list[Problem]]], dict[str, str]]
 Splits = tuple[dict[str, list[ProcessBenchSample]], dict[str, str]]
 
 
-@launch.on_mesh
+@configuration.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Evaluates `config.model` as `config.evaluate.what` says; returns the summary."""
-    launch.check_evaluate(config)
-    config = launch.sub_config(config, "evaluate", "generate", "verify", "prm")
+    checks.check_evaluate(config)
+    config = configuration.sub_config(config, "evaluate", "generate", "verify", "prm")
     what, kind = config.evaluate.what, config.evaluate.kind or config.prm.kind
-    task = launch.load_task(config)
+    task = loading.load_task(config)
     data: Any = (
         DATA[what](config) if what in DATA else None
     )  # what is missing is said before all else
-    model = launch.load_text_model(config, config.model)
+    model = loading.load_text_model(config, config.model)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
     if on_progress:
         on_progress(0, 1)
-    shown = launch.for_model(task, model.tokenizer, config)
+    shown = loading.for_model(task, model.tokenizer, config)
     if what == "policy":
         summary = policy_scores(config, shown, model) | {"data": task.data_counts("eval")}
     elif what == "reward_model":
@@ -106,7 +106,7 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
     references is None for a task that has none.
     """
     problems = task.problems(config.evaluate.num_problems, config.seed, "eval")
-    samples = text_sampler(model, launch.decode_options(config))(
+    samples = text_sampler(model, configuration.decode_options(config))(
         [task.text_format.solve_prompt(problem) for problem in problems],
         samples_per_prompt=samples_per_problem(config, config.evaluate.samples_per_problem),
         settings=policy_settings(config),
@@ -159,7 +159,7 @@ def benchmark_scores(
     Responses are kept in `responses/<benchmark>.jsonl`. Progress is in problems.
     """
     work = functools.partial(_benchmark_scores, config, model, data, path, on_progress)
-    return processes.lead(work, text_sampler(model, launch.decode_options(config)))
+    return processes.lead(work, text_sampler(model, configuration.decode_options(config)))
 
 
 def _benchmark_scores(
@@ -174,7 +174,7 @@ def _benchmark_scores(
     wanted = config.evaluate.benchmarks.samples_per_problem
     total, done, scores = sum(len(problems) for _, problems in present.values()), 0, {}
     for name, (task, problems) in present.items():
-        text_format = launch.for_model(task, model.tokenizer, config).text_format
+        text_format = loading.for_model(task, model.tokenizer, config).text_format
         responses = benchmarks.sample_responses(
             sample,
             problems,
@@ -212,9 +212,9 @@ def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem],
     `task` is as it stands: the generator has its own way to be shown it.
     """
     problems = task.problems(config.evaluate.num_solutions, config.seed, "eval")
-    generator = launch.load_text_model(config, config.evaluate.generator)
-    shown = launch.for_model(task, generator.tokenizer, config).text_format
-    samples = text_sampler(generator, launch.decode_options(config))(
+    generator = loading.load_text_model(config, config.evaluate.generator)
+    shown = loading.for_model(task, generator.tokenizer, config).text_format
+    samples = text_sampler(generator, configuration.decode_options(config))(
         [shown.solve_prompt(problem) for problem in problems],
         samples_per_prompt=1,
         settings=SamplingSettings(
@@ -305,7 +305,7 @@ def make_judge(config: Config, task: tasks.Task, model: TextModel, kind: JudgeKi
 
     A prompt that leaves too few positions for `decode.max_new_tokens` does not fit.
     """
-    options = launch.decode_options(config)
+    options = configuration.decode_options(config)
     limit = longest_prompt(model.config, config.decode.max_new_tokens, options)
     return Judge(
         sample=text_sampler(model, options),
@@ -458,7 +458,7 @@ SHARED_OPTIONS = ("prompt_dir", "split_steps", "on_bad_row")  # the others are o
 
 def _published() -> Path:
     if "SPARK_JAX_DATA" not in os.environ:
-        raise launch.ConfigError(
+        raise ConfigError(
             "evaluate.processbench.folder is not set, nor is $SPARK_JAX_DATA, the folder of "
             "processbench/<split>.json; set either"
         )
@@ -484,4 +484,4 @@ def main(config: Config, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    launch.main(main, launch.check_evaluate)
+    launch.main(main, checks.check_evaluate)

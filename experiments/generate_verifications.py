@@ -25,8 +25,8 @@ from typing import Any
 from spark_jax.data import tasks
 from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
-from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
@@ -37,20 +37,20 @@ from spark_jax.verification.pipeline import aggregate_first, generate_solutions,
 from spark_jax.verification.report import report
 
 
-@launch.on_mesh
+@configuration.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage I, or the part of it that `generate.shard` asks for, in the folder `path` (a part:
     `shard_folder`); returns its summary. Progress is in problems, both passes."""
-    launch.check_stage1(config)
+    checks.check_stage1(config)
     path = shard_folder(config, path)
-    config = launch.sub_config(config, "generate", "verify")
-    task = launch.load_task(config)
+    config = configuration.sub_config(config, "generate", "verify")
+    task = loading.load_task(config)
     problems = shard_of(config, all_problems(config, task))  # before a folder is made
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
 
-    model = launch.load_text_model(config, config.generate.model or config.model)
+    model = loading.load_text_model(config, config.generate.model or config.model)
 
     # Process 0's; the others have no use for them, and a record of each response is a lot to send.
     solutions: list[Solution] = []
@@ -60,7 +60,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         solutions[:] = generate_solutions(
             sample,
             problems,
-            launch.for_model(task, model.tokenizer, config).text_format,
+            loading.for_model(task, model.tokenizer, config).text_format,
             samples_per_problem=config.generate.samples_per_problem,
             settings=settings(config, config.generate),
             seed=config.seed,
@@ -70,17 +70,17 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
         )
 
-    processes.lead(generate, text_sampler(model, launch.decode_options(config)))
+    processes.lead(generate, text_sampler(model, configuration.decode_options(config)))
     if (verifier := config.verify.model or config.model) != model.name:
         del model  # there need not be room for both
-        model = launch.load_text_model(config, verifier)
+        model = loading.load_text_model(config, verifier)
 
     def verify(sample: Sample) -> None:
         verified[:] = verify_solutions(
             sample,
             problems,
             solutions,
-            launch.for_model(task, model.tokenizer, config).text_format,
+            loading.for_model(task, model.tokenizer, config).text_format,
             methods=config.verify.methods,
             samples_per_solution=config.verify.samples_per_solution,
             settings=settings(config, config.verify),
@@ -91,7 +91,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
         )
 
-    processes.lead(verify, text_sampler(model, launch.decode_options(config)))
+    processes.lead(verify, text_sampler(model, configuration.decode_options(config)))
     return finish(config, task, folder, problems, solutions, verified)
 
 
@@ -144,7 +144,7 @@ def shard_of(config: Config, problems: Sequence[Problem]) -> list[Problem]:
     block = math.lcm(config.generate.chunk_size, config.verify.chunk_size)
     blocks = -(-len(problems) // block)
     if blocks < count:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"generate.shard={(index, count)}: {len(problems)} problems are {blocks} blocks of "
             f"{block}, the least common multiple of generate.chunk_size and verify.chunk_size; "
             f"make at most {blocks} shards, or smaller chunks"
@@ -169,18 +169,18 @@ def load(
             )
     made_with = json.loads((path / "config.json").read_text())
     if made_with["task"] != task.name:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"prm.data={str(path)!r} is of task {made_with['task']!r}, this run of {task.name!r}"
         )
     ours, theirs = config.task_options.to_dict(), made_with["task_options"]
     if differing := [name for name in ours if ours[name] != theirs.get(name)]:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"prm.data={str(path)!r} was made with other task_options: {differing}; it had "
             f"{[theirs.get(name) for name in differing]}"
         )
     index, count = made_with["generate"].get("shard", (0, 1))
     if count > 1:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"prm.data={str(path)!r} is part {index} of {count}; give the folder that "
             "merge_verifications made of all of them"
         )
@@ -212,4 +212,4 @@ def settings(config: Config, section: Config) -> SamplingSettings:
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_stage1, unit="problems")
+    launch.main(run, checks.check_stage1, unit="problems")

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spark_jax.data.records import Solution, VerifiedSolution, append_jsonl, read_jsonl
-from spark_jax.experiments import launch
+from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.generate_verifications import (
     SOLUTIONS,
     VERIFIED,
     all_problems,
     finish,
 )
-from spark_jax.experiments.launch import Config, ConfigError
 from spark_jax.training.run_folder import OtherRun, RunFolder, differences
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ def run(config: Config, path: Path) -> dict[str, Any]:
       ConfigError: shards of two different divisions, or two records of one key that differ.
     """
     check_config(config)
-    config = launch.changed(
-        launch.sub_config(config, "generate", "verify"), {"generate.shard": (0, 1)}
+    config = configuration.changed(
+        configuration.sub_config(config, "generate", "verify"), {"generate.shard": (0, 1)}
     )
-    task = launch.load_task(config)
+    task = loading.load_task(config)
     shards = find(path)
     for index, shard in enumerate(shards):
         check(config, shard, index, len(shards))
@@ -69,7 +69,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """As of stage I, but for the mesh, whose devices need not be here."""
-    launch.check_stage1(config, on_mesh=False)
+    checks.check_stage1(config, on_mesh=False)
 
 
 def find(path: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def find(path: Path) -> list[Path]:
 def check(config: Config, shard: Path, index: int, count: int) -> None:
     """OtherRun where the shard is not that part of the run of `config`."""
     made_with = json.loads((shard / "config.json").read_text())
-    expected = launch.changed(config, {"generate.shard": (index, count)})
+    expected = configuration.changed(config, {"generate.shard": (index, count)})
     if differing := differences(made_with, expected.to_dict()):
         lines = "\n".join(f"  {line}" for line in differing)
         raise OtherRun(f"{shard} was made with another configuration:\n{lines}")

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from spark_jax.experiments import (
+    checks,
+    configuration,
     evaluate,
     generate_verifications,
     launch,
@@ -26,7 +28,7 @@ from spark_jax.experiments import (
     train_prm,
     train_rl,
 )
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import Bar, Jobs, bars
 from spark_jax.parallel import processes
 from spark_jax.reports import plots, study, tables
@@ -116,56 +118,56 @@ def rl(seed: int, arm: str) -> str:
 
 
 def seed_config(config: Config, seed: int) -> Config:
-    return launch.changed(config, {"seed": seed})
+    return configuration.changed(config, {"seed": seed})
 
 
 def base_as_reward_model(config: Config, seed: int) -> Config:
     """What the reward models start from, asked for a verification: what stage II has to beat."""
     start = config.prm.model or config.model
     changes = {"evaluate.what": "reward_model", "evaluate.kind": None, "prm.kind": "prm_cot"}
-    return launch.changed(config, {"seed": seed, "model": start, **changes})
+    return configuration.changed(config, {"seed": seed, "model": start, **changes})
 
 
 def prm_config(config: Config, path: Path, seed: int, method: str) -> Config:
     changes = {"seed": seed, "prm.method": method, "prm.data": str(path / stage1(seed))}
-    return launch.changed(config, changes)
+    return configuration.changed(config, changes)
 
 
 def arm_config(config: Config, arm: Config, seed: int, reward_model: str) -> Config:
     """One run of stage III: the arm's fields of `config.rl` over the common ones."""
     changes = {f"rl.{field}": value for field, value in arm.items()}
-    return launch.changed(config, {"seed": seed, "rl.reward_model": reward_model, **changes})
+    return configuration.changed(config, {"seed": seed, "rl.reward_model": reward_model, **changes})
 
 
 def check(config: Config) -> None:
     """All stages, and every arm of the last one."""
-    launch.check_stage1(config)
-    launch.check_prm(config)
+    checks.check_stage1(config)
+    checks.check_prm(config)
     if config.pipeline.sft:
-        launch.check_sft(config)
+        checks.check_sft(config)
     if config.prm.method not in config.verify.methods:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"prm.method={config.prm.method!r} is not among verify.methods="
             f"{tuple(config.verify.methods)}; add it there"
         )
     for name in ("seeds", "arms"):
         if not config.pipeline[name]:
-            raise launch.ConfigError(f"pipeline.{name} is empty; give at least one")
+            raise ConfigError(f"pipeline.{name} is empty; give at least one")
     if config.pipeline.workers < 1:
-        raise launch.ConfigError(f"pipeline.workers={config.pipeline.workers}; needs at least 1")
+        raise ConfigError(f"pipeline.workers={config.pipeline.workers}; needs at least 1")
     if config.pipeline.workers > 1 and jax.process_count() > 1:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"pipeline.workers={config.pipeline.workers} with {jax.process_count()} processes, "
             "which must run their programs in one order; set pipeline.workers=1"
         )
     if config.generate.shard[1] > 1:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"generate.shard={tuple(config.generate.shard)}: a pipeline makes all of stage I; "
             "leave it at (0, 1)"
         )
     to_come = prm(0, config.prm.method)  # what stage II leaves is not there yet
     for arm in config.pipeline.arms.values():
-        launch.check_rl(arm_config(config, arm, seed=0, reward_model=to_come))
+        checks.check_rl(arm_config(config, arm, seed=0, reward_model=to_come))
 
 
 def quick_version(config: Config) -> Config:
@@ -179,11 +181,11 @@ def quick_version(config: Config) -> Config:
     }
     changes: dict[str, Any] = {"pipeline.seeds": tuple(config.pipeline.seeds)[:1]}
     for field, (part, whole) in shares.items():
-        value = launch.value_of(config, field)
+        value = configuration.value_of(config, field)
         if value is None:
-            raise launch.ConfigError(f"quick=True takes a share of {field}, which is None; set it")
+            raise ConfigError(f"quick=True takes a share of {field}, which is None; set it")
         changes[field] = -(-value * part // whole)
-    return launch.changed(config, changes)
+    return configuration.changed(config, changes)
 
 
 def make_base(config: Config, path: Path, progress: Progress) -> Config:
@@ -200,14 +202,14 @@ def make_base(config: Config, path: Path, progress: Progress) -> Config:
             on_progress=lambda step, _: bar.report(step, settings.steps),
         )
     processes.exchange(None)  # the first process writes it
-    return launch.changed(config, {"model": str(path), "evaluate.generator": str(path)})
+    return configuration.changed(config, {"model": str(path), "evaluate.generator": str(path)})
 
 
 def fine_tuned_base(config: Config, path: Path, progress: Progress) -> Config:
     """Teaches the model the formats, into `path`, and uses the result from here on."""
     sft.run(config, path, Bar(progress, "Base: fine-tuning on formats", "updates").report)
     model = str(path / "model")
-    return launch.changed(config, {"model": model, "evaluate.generator": model})
+    return configuration.changed(config, {"model": model, "evaluate.generator": model})
 
 
 def _reward_model(config: Config, path: Path, seed: int) -> str:

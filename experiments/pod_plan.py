@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spark_jax.decoding.decoder import TOKENS
-from spark_jax.experiments.launch import Config, ConfigError
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.verification.aggregate import AGGREGATIONS
 

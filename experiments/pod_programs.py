@@ -24,8 +24,8 @@ from spark_jax.configs.model_shapes import MODEL_SHAPES
 from spark_jax.data.arithmetic_chains import base
 from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import prepare
-from spark_jax.experiments import launch, policy_update, sft
-from spark_jax.experiments.launch import Config, ConfigError
+from spark_jax.experiments import configuration, loading, policy_update, sft
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.models import config as model_config
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
@@ -96,7 +96,7 @@ def model_shape(config: Config, name: str) -> ModelConfig:
         fields = MODEL_SHAPES[name]
     else:
         fields = _from_hub(name)
-    return launch.how_computed(model_config.from_hf(fields, dtype=config.dtype), config)
+    return loading.how_computed(model_config.from_hf(fields, dtype=config.dtype), config)
 
 
 def bytes_per_device(arrays: Any) -> int:
@@ -195,7 +195,7 @@ def _decoding(
     beside: dict[str, int] | None = None,
 ) -> list[Program]:
     """The decoder, and the prefill that is a part of it on its own."""
-    model, options = model_shape(config, name), launch.decode_options(config)
+    model, options = model_shape(config, name), configuration.decode_options(config)
     length = longest_prompt(model, config.decode.max_new_tokens, options)
     # Different from the first token on: no template to share, which would take less memory.
     texts = [[i % model.vocab_size] + [0] * (length - 1) for i in range(prompts)]
@@ -265,7 +265,7 @@ def _policy_step(
     batch: Any = _policy_batch(config, model, rl.prompts_per_step // rl.minibatches * rl.group_size)
     rows, positions = _size(batch)
     if rl.pack:
-        objective = Objective(**launch.objective_fields(config))
+        objective = Objective(**configuration.objective_fields(config))
         with jax.set_mesh(mesh):
             multiple = rl.accumulation_steps * batch_shards()
         batch = pack_policy_batch(batch, objective, rows_multiple_of=multiple)
@@ -284,7 +284,7 @@ def _policy_step(
 def _policy_batch(config: Config, model: ModelConfig, rows: int) -> PolicyBatch:
     """Prompts and responses of full length, in NumPy, of which one number is in memory."""
     response = config.decode.max_new_tokens
-    prompt = longest_prompt(model, response, launch.decode_options(config))
+    prompt = longest_prompt(model, response, configuration.decode_options(config))
 
     def filled(value: Any, width: int = response) -> np.ndarray:
         return np.broadcast_to(value, (rows, width))

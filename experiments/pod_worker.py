@@ -19,7 +19,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from spark_jax.experiments import pod_programs
-from spark_jax.experiments.launch import ConfigError
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.experiments.pod_programs import Program
 from spark_jax.experiments.tpu_chips import CHIPS, generation
 from spark_jax.kernels import hlo

@@ -23,8 +23,8 @@ from spark_jax.advantages import (
     masked_step,
     zero_variance_groups,
 )
-from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import configuration
+from spark_jax.experiments.configuration import Config
 from spark_jax.parallel import sharding
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import Judged
@@ -170,7 +170,7 @@ def packed(config: Config, batch: PolicyBatch) -> PolicyBatch | PackedPolicyBatc
     over the mesh, if there is one."""
     if not config.rl.pack:
         return batch if spread.mesh() is None else spread.rows(batch)
-    objective = Objective(**launch.objective_fields(config))
+    objective = Objective(**configuration.objective_fields(config))
     multiple = config.rl.accumulation_steps * sharding.batch_shards()
     return spread.rows(pack_policy_batch(batch, objective, rows_multiple_of=multiple))
 
@@ -223,7 +223,7 @@ def update_settings(config: Config) -> dict[str, Any]:
     updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     return {
         "optimizer": {**config.rl.optimizer.to_dict(), "total_steps": updates},
-        "objective": launch.objective_fields(config),
+        "objective": configuration.objective_fields(config),
         "accumulation_steps": config.rl.accumulation_steps,
         "made_in_step": [config.rl.advantage, _advantage_options(config)]
         if made_in_step(config)
@@ -270,7 +270,7 @@ def compiled_advantage(name: str, options: str) -> Any:
 
 
 def _advantage_options(config: Config) -> str:
-    return json.dumps(launch.given(config.rl.advantage_options))
+    return json.dumps(configuration.given(config.rl.advantage_options))
 
 
 def _advantage_function(name: str, options: str) -> Any:

@@ -24,7 +24,7 @@ from spark_jax.data.arithmetic_chains import corpus, world
 from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import SamplingSettings, Verification
-from spark_jax.experiments import launch
+from spark_jax.experiments import loading
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.text_generation import text_sampler
@@ -121,7 +121,7 @@ def measure(
     """
     tokenizer = load_tokenizer()
     sample = text_sampler(
-        launch.text_model(params, config, tokenizer, (tokenizer.eos_token_id,), name="base")
+        loading.text_model(params, config, tokenizer, (tokenizer.eos_token_id,), name="base")
     )
     settings = SamplingSettings(max_new_tokens=64)
     problems = world.problems(num_problems, seed, "eval")

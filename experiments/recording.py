@@ -16,8 +16,8 @@ from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.data import tasks
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Problem, Verification
-from spark_jax.experiments import evaluate, launch
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import configuration, evaluate
+from spark_jax.experiments.configuration import Config
 from spark_jax.parallel import processes
 from spark_jax.prm.soft_score import soft_scores
 from spark_jax.reports import rollouts
@@ -191,7 +191,7 @@ def rollout_record(
 def token_values(config: Config, inputs: AdvantageInputs) -> dict[str, np.ndarray]:
     """Log-probs, the cumulative process reward, and the advantages that can be made of what the run
     has, each [B, T]. The trained one has the run's options; MSA those of SPRO."""
-    given = launch.given(config.rl.advantage_options)
+    given = configuration.given(config.rl.advantage_options)
     of_spro = {name: value for name, value in given.items() if name in OF_SPRO}
     found = {"logprob": inputs.policy_logprobs, "ref_logprob": inputs.ref_logprobs}
     if inputs.ref_logprobs is not None and inputs.policy_logprobs is not None:

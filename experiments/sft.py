@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
-from spark_jax.experiments import launch
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.prm.examples import tokenize_examples
@@ -38,12 +38,12 @@ from spark_jax.training.run_folder import RunFolder
 from spark_jax.training.sft import SFTBatch, index_targets, pack, sft_step
 
 
-@launch.on_mesh
+@configuration.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Fine-tunes `config.model` in the folder `path`; returns its summary. Progress: updates."""
-    launch.check_sft(config)
-    config = launch.sub_config(config, "sft")
-    loaded = launch.load_trainable(config, config.model)
+    checks.check_sft(config)
+    config = configuration.sub_config(config, "sft")
+    loaded = loading.load_trainable(config, config.model)
     examples = task_examples(config, loaded.tokenizer)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
@@ -51,7 +51,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     params, summary = fine_tune(
         config.sft, loaded, examples, folder, seed=config.seed, on_progress=on_progress
     )
-    launch.save_model(path / "model", loaded._replace(params=params))
+    loading.save_model(path / "model", loaded._replace(params=params))
     folder.write_summary(summary)
     if processes.is_main():
         plots.training_curves(path / "metrics.jsonl", folder.plots)
@@ -60,26 +60,26 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
 def task_examples(config: Config, tokenizer: Any) -> list[tuple[str, str]]:
     """(prompt, target) of every example, prompts as the model is shown them."""
-    task = launch.for_model(launch.load_task(config), tokenizer, config)
+    task = loading.for_model(loading.load_task(config), tokenizer, config)
     if not config.sft.data:
         if task.examples is None:
-            raise launch.ConfigError(
+            raise ConfigError(
                 f"task={config.task!r} has no examples of its own: set sft.data to a JSON-lines "
                 "file with a prompt and a target a line"
             )
         made = task.examples(config.sft.num_examples, config.seed, task.text_format)
         return [(example.prompt, example.target) for example in made]
-    chat = launch.chat_options(config)
+    chat = configuration.chat_options(config)
     try:
         given = read_jsonl(config.sft.data, Example)
     except ValueError as error:  # names file and line
-        raise launch.ConfigError(f"sft.data: {error}") from error
+        raise ConfigError(f"sft.data: {error}") from error
     return [(tokenizers.render(tokenizer, row.prompt, chat), row.target) for row in given]
 
 
 def fine_tune(
     section: Config,
-    loaded: launch.Loaded,
+    loaded: loading.Loaded,
     examples: Sequence[Any],
     folder: RunFolder,
     *,
@@ -163,4 +163,4 @@ def optimizer_settings(section: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_sft, unit="updates")
+    launch.main(run, checks.check_sft, unit="updates")

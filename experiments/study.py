@@ -23,6 +23,8 @@ from rich.console import Console
 
 from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.experiments import (
+    checks,
+    configuration,
     evaluate,
     generate_verifications,
     launch,
@@ -30,7 +32,7 @@ from spark_jax.experiments import (
     train_prm,
     train_rl,
 )
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.pipeline import base_as_reward_model
 from spark_jax.experiments.progress import Job, Jobs, OnProgress, bars
 from spark_jax.models import checkpoints
@@ -133,7 +135,7 @@ def arm_config(config: Config, arm: Config, seed: int, path: Path) -> Config:
     if (asked := asked_model(config, arm)) is not None:
         changes["rl.reward_model"] = str(path / "prm" / asked / f"seed{seed}" / "model")
         changes["prm.kind"] = "prm_cot" if asked == WEAK else asked.split("/")[0]
-    return launch.changed(config, changes)
+    return configuration.changed(config, changes)
 
 
 def asked_model(config: Config, arm: Config) -> str | None:
@@ -189,23 +191,23 @@ def check(config: Config) -> None:
     study = config.study
     for part in study.parts:
         if part not in PARTS:
-            raise launch.ConfigError(f"study.parts={part!r} is unknown; have {sorted(PARTS)}")
+            raise ConfigError(f"study.parts={part!r} is unknown; have {sorted(PARTS)}")
     if len(study.seeds) < FEWER:
-        raise launch.ConfigError(f"study.seeds={study.seeds}: an interval needs at least {FEWER}")
+        raise ConfigError(f"study.seeds={study.seeds}: an interval needs at least {FEWER}")
     if study.weak_updates not in study.verifier_updates:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"study.weak_updates={study.weak_updates} is not among "
             f"study.verifier_updates={tuple(study.verifier_updates)}"
         )
-    launch.check_stage1(config)
+    checks.check_stage1(config)
     for kind in study.kinds:
-        launch.check_prm(launch.changed(config, {"prm.kind": kind}))
+        checks.check_prm(configuration.changed(config, {"prm.kind": kind}))
     for part in (*study.arms, *study.baselines, *study.pictures):
         if part not in study.arms or part not in PARTS:
             have = sorted(set(study.arms) & set(PARTS))
-            raise launch.ConfigError(f"{part!r} is no part of study.arms; have {have}")
+            raise ConfigError(f"{part!r} is no part of study.arms; have {have}")
         if part not in study.baselines:
-            raise launch.ConfigError(f"study.baselines has no entry for study.arms.{part}")
+            raise ConfigError(f"study.baselines has no entry for study.arms.{part}")
     for part, made in study.arms.items():
         _check_named(config, f"study.baselines.{part}", part, [study.baselines[part]])
         for group, names in study.pictures.get(part, {}).items():
@@ -221,7 +223,7 @@ def _check_named(config: Config, field: str, part: str, names: Sequence[str]) ->
     for name in names:
         of, _, arm = name.rpartition("/")
         if arm not in config.study.arms.get(of or part, {}):
-            raise launch.ConfigError(f"{field}={name!r} is no arm of that part")
+            raise ConfigError(f"{field}={name!r} is no arm of that part")
 
 
 def _check_arm(config: Config, name: str, arm: Config) -> None:
@@ -229,28 +231,28 @@ def _check_arm(config: Config, name: str, arm: Config) -> None:
     have = [WEAK, *(f"{kind}/{method}" for kind in study.kinds for method in config.verify.methods)]
     asked = asked_model(config, arm)
     if asked is not None and asked not in have:
-        raise launch.ConfigError(f"arm {name!r}: reward_model={asked!r}; have {have}")
+        raise ConfigError(f"arm {name!r}: reward_model={asked!r}; have {have}")
     seeds = arm_seeds(config, name)
     if asked is not None and not set(seeds) <= set(model_seeds(config, asked)):
-        raise launch.ConfigError(
+        raise ConfigError(
             f"arm {name!r} is in study.headline, so it runs with seeds {tuple(seeds)}, but "
             f"reward_model={asked!r} is made for {tuple(model_seeds(config, asked))} only"
         )
     if arm.get("reference_updates") not in (None, *study.verifier_updates):
-        raise launch.ConfigError(
+        raise ConfigError(
             f"arm {name!r}: reference_updates={arm.reference_updates} is not among "
             f"study.verifier_updates={tuple(study.verifier_updates)}"
         )
     try:
-        launch.check_rl(arm_config(config, arm, seed=0, path=Path()))
-    except (launch.ConfigError, KeyError) as error:
-        raise launch.ConfigError(f"arm {name!r}: {error}") from error
+        checks.check_rl(arm_config(config, arm, seed=0, path=Path()))
+    except (ConfigError, KeyError) as error:
+        raise ConfigError(f"arm {name!r}: {error}") from error
 
 
 def _stage1_job(
     config: Config, folder: Path, seed: int, changes: dict[str, Any] | None = None
 ) -> Job:
-    changed = launch.changed(config, {"seed": seed, **(changes or {})})
+    changed = configuration.changed(config, {"seed": seed, **(changes or {})})
     return generate_verifications.run, changed, folder / f"seed{seed}"
 
 
@@ -288,7 +290,7 @@ _MAKING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # of s
 
 def _prm_job(config: Config, folder: Path, seed: int, kind: str, method: str, data: Path) -> Job:
     changes = {"seed": seed, "prm.kind": kind, "prm.method": method, "prm.data": str(data)}
-    return train_prm.run, launch.changed(config, changes), folder / f"seed{seed}"
+    return train_prm.run, configuration.changed(config, changes), folder / f"seed{seed}"
 
 
 def _flat(section: Config, prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from spark_jax.data import tasks
-from spark_jax.experiments import evaluate, generate_verifications, launch, sft
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import (
+    checks,
+    configuration,
+    evaluate,
+    generate_verifications,
+    launch,
+    loading,
+    sft,
+)
+from spark_jax.experiments.configuration import Config
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.prm.targets import TrainingPair, aggregated_by, training_pairs
@@ -23,14 +31,14 @@ from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import balance
 
 
-@launch.on_mesh
+@configuration.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
-    launch.check_prm(config)
-    config = launch.sub_config(config, "generate", "verify", "prm", "evaluate")
-    task = launch.load_task(config)
-    loaded = launch.load_trainable(config, config.prm.model or config.model)
-    pairs, counts = examples(config, launch.for_model(task, loaded.tokenizer, config))
+    checks.check_prm(config)
+    config = configuration.sub_config(config, "generate", "verify", "prm", "evaluate")
+    task = loading.load_task(config)
+    loaded = loading.load_trainable(config, config.prm.model or config.model)
+    pairs, counts = examples(config, loading.for_model(task, loaded.tokenizer, config))
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
         return finished
@@ -38,10 +46,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     params, trained = sft.fine_tune(
         config.prm, loaded, pairs, folder, seed=config.seed, on_progress=on_progress
     )
-    launch.save_model(path / "model", loaded._replace(params=params))
-    model = launch.text_model(*loaded._replace(params=params), name=str(path / "model"))
+    loading.save_model(path / "model", loaded._replace(params=params))
+    model = loading.text_model(*loaded._replace(params=params), name=str(path / "model"))
     held_out = evaluate.held_out_solutions(config, task)
-    shown = launch.for_model(task, loaded.tokenizer, config)
+    shown = loading.for_model(task, loaded.tokenizer, config)
     summary = {
         **trained,
         **counts,
@@ -68,4 +76,4 @@ def examples(config: Config, task: tasks.Task) -> tuple[list[TrainingPair], dict
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_prm, unit="updates")
+    launch.main(run, checks.check_prm, unit="updates")

@@ -32,8 +32,8 @@ from spark_jax.data import tasks
 from spark_jax.data.batches import BatchOrder, batch_order
 from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.evaluation.grading import in_threads
-from spark_jax.experiments import evaluate, launch, recording
-from spark_jax.experiments.launch import Config
+from spark_jax.experiments import checks, configuration, evaluate, launch, loading, recording
+from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.policy_update import (
     NEEDS_PROCESS_REWARDS,
     Logprobs,
@@ -92,7 +92,7 @@ class Setting:
 
     config: Config
     folder: RunFolder
-    model: launch.Loaded  # the policy's, without its parameters
+    model: loading.Loaded  # the policy's, without its parameters
     task: tasks.Task  # as the policy is shown it
     reward_model: TextModel | None
     judged_task: tasks.Task  # as the reward model is shown it
@@ -102,7 +102,7 @@ class Setting:
     thresholds: monitor.Thresholds
 
     def policy(self, params: Any) -> TextModel:
-        return launch.text_model(*self.model._replace(params=params), name="policy")
+        return loading.text_model(*self.model._replace(params=params), name="policy")
 
     def problems_of(self, step: int) -> list[Problem]:
         """The problem of each response of a step's rollout."""
@@ -122,12 +122,12 @@ class Graded:
     rewards: np.ndarray  # [B]
 
 
-@launch.on_mesh
+@configuration.on_mesh
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
-    launch.check_rl(config)
-    config = launch.sub_config(config, "rl", "prm", "generate", "evaluate")
-    loaded = launch.load_trainable(config, config.model)
+    checks.check_rl(config)
+    config = configuration.sub_config(config, "rl", "prm", "generate", "evaluate")
+    loaded = loading.load_trainable(config, config.model)
     reference = _reference_policy(config, loaded.params, loaded.config)
     folder = RunFolder.open(path, config)
     if (finished := folder.read_summary()) is not None:
@@ -170,7 +170,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
                 saved.wait()
                 raise Preempted(0)
 
-    launch.save_model(path / "model", setting.model._replace(params=train.params))
+    loading.save_model(path / "model", setting.model._replace(params=train.params))
     summary = {
         "evaluation": scores,
         "data": setting.task.data_counts("train") | {"too_long": setting.too_long},
@@ -222,9 +222,9 @@ def take_step(
     return train, reference, scores
 
 
-def make_setting(config: Config, folder: RunFolder, loaded: launch.Loaded) -> Setting:
+def make_setting(config: Config, folder: RunFolder, loaded: loading.Loaded) -> Setting:
     """Task, problems and reward model of a run; ConfigError where one of them cannot be."""
-    task = launch.for_model(launch.load_task(config), loaded.tokenizer, config)
+    task = loading.for_model(loading.load_task(config), loaded.tokenizer, config)
     reward_model, judged_task = _reward_model(config, task)
     problems = task.problems(config.rl.num_problems, config.seed, "train")
     problems, too_long = without_too_long(config, task, loaded, problems)
@@ -431,19 +431,19 @@ def from_saved(config: Config, saved: Any, reference: Any) -> tuple[state.TrainS
 
 
 def without_too_long(
-    config: Config, task: tasks.Task, model: launch.Loaded, problems: Sequence[Problem]
+    config: Config, task: tasks.Task, model: loading.Loaded, problems: Sequence[Problem]
 ) -> tuple[list[Problem], int]:
     """The problems whose prompts leave room for a response, and how many do not, which is logged.
 
     Raises ConfigError where none is left.
     """
-    options = launch.decode_options(config)
+    options = configuration.decode_options(config)
     limit = longest_prompt(model.config, config.decode.max_new_tokens, options)
     prompts = encode(model.tokenizer, [task.text_format.solve_prompt(p) for p in problems])
     kept = [p for p, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
     too_long = len(problems) - len(kept)
     if not kept:
-        raise launch.ConfigError(
+        raise ConfigError(
             f"all {too_long} prompts have more than {limit} tokens; raise decode.max_prompt_length "
             "or lower decode.max_new_tokens"
         )
@@ -468,7 +468,7 @@ def roll_out(
             temperature=config.rl.temperature, max_new_tokens=config.decode.max_new_tokens
         ),
         key=jax.random.fold_in(_key(config), step),
-        options=launch.decode_options(config),
+        options=configuration.decode_options(config),
     )
     return rollout, rollout_texts(rollout, policy.tokenizer)
 
@@ -482,7 +482,7 @@ def judge_responses(
     step: int,
 ) -> Judged:
     """Format checks, and the reward model's judgements where the reward needs them."""
-    options = launch.decode_options(config)
+    options = configuration.decode_options(config)
     return judge(
         None if reward_model is None else text_sampler(reward_model, options),
         task.text_format,
@@ -591,8 +591,8 @@ def _reward_model(config: Config, task: tasks.Task) -> tuple[TextModel | None, t
     """The reward model, and the task as it is shown it."""
     if config.rl.reward not in REWARDS_THAT_JUDGE:
         return None, task
-    model = launch.load_text_model(config, config.rl.reward_model)
-    shown = launch.for_model(launch.load_task(config), model.tokenizer, config)
+    model = loading.load_text_model(config, config.rl.reward_model)
+    shown = loading.for_model(loading.load_task(config), model.tokenizer, config)
     return model, shown
 
 
@@ -601,18 +601,18 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
     nothing compares with it. They are computed with the policy's configuration."""
     if not needs_reference_policy(config):
         if config.rl.reference_decay is not None:
-            raise launch.ConfigError(
+            raise ConfigError(
                 f"rl.reference_decay={config.rl.reference_decay} moves a reference policy that "
                 f"rl.advantage={config.rl.advantage!r} without a KL term does not use; leave it out"
             )
         return None
     if not config.rl.reference_model:
         return initial
-    other = launch.load_model(config.rl.reference_model, dtype=config.dtype)
+    other = loading.load_model(config.rl.reference_model, dtype=config.dtype)
     for field in dataclasses.fields(ModelConfig):
         given, needed = getattr(other.config, field.name), getattr(model_config, field.name)
-        if given != needed and field.name not in launch.HOW_COMPUTED:
-            raise launch.ConfigError(
+        if given != needed and field.name not in loading.HOW_COMPUTED:
+            raise ConfigError(
                 f"rl.reference_model={config.rl.reference_model!r} has {field.name}={given}, the "
                 f"policy {needed}; a reference policy must be of the policy's shape"
             )
@@ -645,4 +645,4 @@ def _write_samples(path: Path, graded: Graded) -> None:
 
 
 if __name__ == "__main__":
-    launch.main(run, launch.check_rl, unit="rollouts")
+    launch.main(run, checks.check_rl, unit="rollouts")

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from spark_jax.experiments import launch
+from spark_jax.experiments import configuration, loading
 
 CHANGES = {
     "rl.reward": "rule_based",
@@ -23,17 +23,17 @@ CHANGES = {
 
 def save(path):
     """Writes the base with 64 rows of embedding; no text has the ones that are added."""
-    base = launch.load_model("arithmetic_chains")
+    base = loading.load_model("arithmetic_chains")
     extra = 64 - base.config.vocab_size
     embedding = jnp.pad(base.params.embedding, ((0, extra), (0, 0)))
     # Far from what the model says: a hidden state's logits are products with these rows.
     embedding = embedding.at[-extra:].set(-10 * base.params.embedding.mean(axis=0))
     config = dataclasses.replace(base.config, vocab_size=64)
     params = dataclasses.replace(base.params, embedding=embedding)
-    launch.save_model(path, base._replace(params=params, config=config))
+    loading.save_model(path, base._replace(params=params, config=config))
 
 
 def config(model, **changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     both = CHANGES | {"model": str(model)} | changes
-    return launch.changed(launch.load_config("configs/demo.py"), both)
+    return configuration.changed(configuration.load_config("configs/demo.py"), both)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from spark_jax.data.records import SamplingSettings
-from spark_jax.experiments import launch
+from spark_jax.experiments import configuration, loading
 from spark_jax.text_generation import (
     DecodeOptions,
     encode,
@@ -20,13 +20,13 @@ SETTINGS = SamplingSettings(temperature=1.0, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def model():
-    return launch.text_model(*launch.load_model("arithmetic_chains"), name="base")
+    return loading.text_model(*loading.load_model("arithmetic_chains"), name="base")
 
 
 @pytest.fixture(scope="module")
 def prompts(model):
     """A short one, a long one and a short one, and the length of the short ones."""
-    task = launch.load_task(launch.load_config("configs/demo.py"))
+    task = loading.load_task(configuration.load_config("configs/demo.py"))
     short = task.text_format.solve_prompt(task.problems(1, 0, "train")[0])
     return [short, " ".join([short] * 3), short], len(encode(model.tokenizer, [short])[0])
 

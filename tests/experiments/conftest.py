@@ -1,13 +1,13 @@
 import pytest
 from experiment_runs import TINY
 
-from spark_jax.experiments import launch
+from spark_jax.experiments import configuration
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The demo's configuration, a thousand times smaller, on the shipped base."""
-    return launch.changed(launch.load_config("configs/demo.py"), TINY)
+    return configuration.changed(configuration.load_config("configs/demo.py"), TINY)
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,6 @@ def reward_models(tiny, stage1, tmp_path_factory):
     for kind in ("orm", "prm", "prm_cot"):
         path = tmp_path_factory.mktemp(kind)
         changes = {"prm.data": str(stage1), "prm.kind": kind}
-        train_prm.run(launch.changed(tiny, changes), path)
+        train_prm.run(configuration.changed(tiny, changes), path)
         folders[kind] = str(path / "model")
     return folders

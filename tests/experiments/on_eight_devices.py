@@ -6,7 +6,8 @@ import pytest
 import small_model
 from experiment_runs import metric_rows
 
-from spark_jax.experiments import launch, train_rl
+from spark_jax.experiments import checks, loading, train_rl
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.training.checkpointing import Checkpoints
 
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
@@ -40,8 +41,10 @@ def test_rl_on_a_mesh_is_rl_on_one_device(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", noted)
     train_rl.run(small_model.config(model, **MESH), tmp_path / "eight")
     assert_close(metric_rows(tmp_path / "eight"), metric_rows(tmp_path / "one"))
-    ours, theirs = (launch.load_model(str(tmp_path / n / "model")).params for n in ("eight", "one"))
-    base = launch.load_model(str(model)).params
+    ours, theirs = (
+        loading.load_model(str(tmp_path / n / "model")).params for n in ("eight", "one")
+    )
+    base = loading.load_model(str(model)).params
     moved = 0.0
     for a, b, c in zip(*map(jax.tree.leaves, (ours, theirs, base)), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-4)
@@ -69,5 +72,5 @@ def test_rl_on_a_mesh_is_rl_on_one_device(model, tmp_path, monkeypatch):
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(model, changes, message):
-    with pytest.raises(launch.ConfigError, match=message):
-        launch.check_rl(small_model.config(model, **changes))
+    with pytest.raises(ConfigError, match=message):
+        checks.check_rl(small_model.config(model, **changes))

@@ -12,12 +12,13 @@ from rich.console import Console
 from spark_jax.decoding.decoder import TOKENS
 from spark_jax.experiments import (
     compile_for_pod,
-    launch,
+    configuration,
     pod_plan,
     pod_programs,
     pod_worker,
     train_rl,
 )
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.experiments.pod_programs import Program
 from spark_jax.kernels import ahead_of_time, hlo
 from spark_jax.parallel.mesh import make_mesh
@@ -54,7 +55,7 @@ def small(tmp_path_factory):
         "rl.accumulation_steps": 4,
         "generate.num_problems": 1000,
     }
-    return launch.changed(launch.load_config("configs/demo.py"), changes)
+    return configuration.changed(configuration.load_config("configs/demo.py"), changes)
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_a_plan_of_stage_one(compiled, small):
     assert plan["generate"]["tokens"] == 1000 * 8 * 32  # half of 64 tokens, as nothing else is said
     assert plan["verify"]["tokens"] == plan["generate"]["tokens"] * 16
     assert plan["together"]["chip_hours"] == pytest.approx(4 * plan["together"]["hours"])
-    twice = launch.changed(small, {"generate.num_problems": 2000})
+    twice = configuration.changed(small, {"generate.num_problems": 2000})
     longer = pod_plan.stage_one(twice, rows, {"occupancy": 0.5})
     assert longer["together"]["hours"] == pytest.approx(2 * plan["together"]["hours"])
     printed = io.StringIO()
@@ -166,11 +167,11 @@ def test_a_plan_of_stage_one(compiled, small):
 def test_what_cannot_be_is_refused(small, topology, mesh, programs, of_any_mesh, message):
     with pytest.raises(ValueError, match=message) as caught:
         compile_for_pod.compile_programs(small, topology, mesh, programs=programs)
-    assert isinstance(caught.value, launch.ConfigError) == of_any_mesh
+    assert isinstance(caught.value, ConfigError) == of_any_mesh
 
 
 def test_a_plan_needs_its_programs(small):
-    with pytest.raises(launch.ConfigError, match="generate/prefill, which was not compiled"):
+    with pytest.raises(ConfigError, match="generate/prefill, which was not compiled"):
         pod_plan.stage_one(small, [], {})
 
 
@@ -191,7 +192,7 @@ def test_a_plan_counts_a_prompt_for_all_that_is_asked(small):
     found = {}
     for methods in (("single", "step_consistency"), ("single", "reference_guided"),
                     ("single", "meta_critique")):  # fmt: skip
-        config = launch.changed(small, {"verify.methods": methods})
+        config = configuration.changed(small, {"verify.methods": methods})
         found[methods[1]] = pod_plan.stage_one(config, plan_rows(), {})["verify"]
     solutions = 1000 * 8
     prompts = {name: plan["prompts"] // solutions for name, plan in found.items()}
@@ -217,7 +218,7 @@ def test_a_plan_refuses_programs_that_do_not_fit(small):
     rows = plan_rows()
     rows[1] |= {"fits": False, "over": 2**31}
     message = r"generate/decode does not fit v5e:2x2 over 1·4·1: 2\.00 GiB a device are missing"
-    with pytest.raises(launch.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         pod_plan.stage_one(small, rows, {})
 
 
@@ -260,8 +261,8 @@ def test_a_search_says_once_what_is_wrong_with_every_mesh(small, tmp_path, monke
         raise error
 
     monkeypatch.setattr(compile_for_pod, "compile_programs", compile_programs)
-    error = launch.ConfigError("programs ['fly'] are none")
-    with pytest.raises(launch.ConfigError, match="fly"):
+    error = ConfigError("programs ['fly'] are none")
+    with pytest.raises(ConfigError, match="fly"):
         compile_for_pod.run(small, command_line(tmp_path, search=True, hlo="texts"))
     assert calls == ["texts"]
     error = ValueError("heads")
@@ -273,8 +274,8 @@ def test_a_search_says_once_what_is_wrong_with_every_mesh(small, tmp_path, monke
 
 
 def test_open_sizes_are_refused(small, one_device):
-    with pytest.raises(launch.ConfigError, match=r"decode\.max_prompt_length is None"):
-        pod_programs.programs(launch.load_config("configs/demo.py"), one_device)
+    with pytest.raises(ConfigError, match=r"decode\.max_prompt_length is None"):
+        pod_programs.programs(configuration.load_config("configs/demo.py"), one_device)
 
 
 def test_by_how_much_a_program_does_not_fit(one_device):
@@ -345,7 +346,7 @@ def test_a_run_calls_the_policy_step_with_these_shapes(
     small, one_device, tiny, tmp_path, monkeypatch
 ):
     """What is compiled ahead of time is what a run compiles: shapes and types of every array."""
-    config = launch.changed(
+    config = configuration.changed(
         tiny,
         {
             "decode.max_prompt_length": 64,
@@ -394,7 +395,7 @@ def test_the_command_line_prints_a_table_and_writes_json(small, tmp_path, monkey
     ]
     monkeypatch.setattr(compile_for_pod, "compile_programs", lambda *_, **__: rows)
     options = command_line(tmp_path, mesh="fsdp=2,tensor=2")
-    compile_for_pod.run(launch.load_config("configs/demo.py"), options)
+    compile_for_pod.run(configuration.load_config("configs/demo.py"), options)
     assert "no: 2.00 over" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == {"programs": rows}
 
@@ -424,7 +425,7 @@ def test_the_policy_step_of_7b_fits(tmp_path, topology, mesh, temporaries):
     have = {"jax": jax.__version__, "libtpu": ahead_of_time.libtpu_version()}
     if have != RECORDED_WITH:
         pytest.skip(f"the figures were recorded with {RECORDED_WITH}, not {have}")
-    config = launch.load_config("configs/spark_qwen25_math_7b.py")
+    config = configuration.load_config("configs/spark_qwen25_math_7b.py")
     (row,) = compile_for_pod.compile_programs(
         config, topology, mesh, programs=["rl/policy_step"], hlo_folder=str(tmp_path)
     )

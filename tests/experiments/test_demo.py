@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from spark_jax.experiments import launch, pipeline
+from spark_jax.experiments import configuration, pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -12,7 +12,9 @@ pytestmark = pytest.mark.slow
 def results(tmp_path_factory):
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
-    config = launch.changed(launch.load_config("configs/demo.py"), {"pipeline.seeds": (0,)})
+    config = configuration.changed(
+        configuration.load_config("configs/demo.py"), {"pipeline.seeds": (0,)}
+    )
     yield pipeline.run(config, tmp_path_factory.mktemp("demo"))
     jax.config.update("jax_disable_most_optimizations", before)
 

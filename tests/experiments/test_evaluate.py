@@ -14,7 +14,8 @@ import tiny_model
 from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings, read_jsonl
 from spark_jax.evaluation.benchmarks import Response
-from spark_jax.experiments import evaluate, launch
+from spark_jax.experiments import checks, configuration, evaluate, loading
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.parallel import processes
 from spark_jax.prm.processbench import Prediction
 from spark_jax.reports.benchmarks import markdown, policy_table, processbench_table
@@ -72,7 +73,9 @@ def ruled(monkeypatch):
 def config_of(**changes):
     """`a__b` for `a.b`."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
-    return launch.changed(launch.load_config("configs/demo.py"), {"task": "gsm8k"} | named)
+    return configuration.changed(
+        configuration.load_config("configs/demo.py"), {"task": "gsm8k"} | named
+    )
 
 
 # --- ProcessBench --------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def test_processbench_from_a_configuration(ruled, published, tmp_path):
     assert (path / "table.md").read_text() == markdown(processbench_table(got))
     lines = read_jsonl(path / "predictions" / "math.jsonl", Prediction)
     assert [line.prediction for line in lines] == LABELS["math"]
-    verify = launch.load_task(config).text_format.verify_prompt
+    verify = loading.load_task(config).text_format.verify_prompt
     before = verify(Problem("p", "<gsm8k"), "", None).partition("<gsm8k")[0]
     assert calls[0][0][0].startswith(before)
 
@@ -197,7 +200,7 @@ def test_the_folder_is_that_of_the_environment_where_none_is_given(
     ruled(finds_errors)
     config = config_of(evaluate__what="processbench", evaluate__kind="verifier")
     monkeypatch.delenv("SPARK_JAX_DATA", raising=False)
-    with pytest.raises(launch.ConfigError, match=r"processbench\.folder.*SPARK_JAX_DATA"):
+    with pytest.raises(ConfigError, match=r"processbench\.folder.*SPARK_JAX_DATA"):
         evaluate.run(config, tmp_path / "run")
     monkeypatch.setenv("SPARK_JAX_DATA", str(published.parent))
     assert evaluate.run(config, tmp_path / "run")["mean_f1"]["estimate"] == 1
@@ -302,7 +305,7 @@ def nothing(task, problem, text):
 
 
 def test_reward_models_are_scored_by_what_is_known(tiny):
-    model = launch.load_text_model(tiny, tiny.model)
+    model = loading.load_text_model(tiny, tiny.model)
 
     def scores(task):
         held_out = evaluate.held_out_solutions(tiny, task)
@@ -320,7 +323,7 @@ def test_reward_models_are_scored_by_what_is_known(tiny):
 
 
 def test_policies_are_scored_by_what_is_known(tiny):
-    model = launch.load_text_model(tiny, tiny.model)
+    model = loading.load_text_model(tiny, tiny.model)
     known = evaluate.policy_scores(tiny, chains(outcome_alone), model)
     unknown = evaluate.policy_scores(tiny, chains(nothing, references=False), model)
     assert known["accuracy"]["estimate"] is not None
@@ -391,8 +394,8 @@ def test_scoring_in_batches_changes_nothing(shape, max_tokens):
     ],
 )
 def test_impossible_evaluations_are_refused(changes, message):
-    with pytest.raises(launch.ConfigError, match=message):
-        launch.check_evaluate(config_of(**changes))
+    with pytest.raises(ConfigError, match=message):
+        checks.check_evaluate(config_of(**changes))
 
 
 def test_settings_are_those_of_the_configuration():

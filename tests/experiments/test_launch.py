@@ -10,7 +10,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from spark_jax.experiments import launch, merge_verifications, pipeline, study
+from spark_jax.experiments import (
+    checks,
+    configuration,
+    launch,
+    merge_verifications,
+    pipeline,
+    study,
+)
+from spark_jax.experiments.configuration import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -57,10 +65,10 @@ from spark_jax.experiments import launch, merge_verifications, pipeline, study
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
-    config = launch.load_config("configs/demo.py")
+    config = configuration.load_config("configs/demo.py")
     check_all(config)
-    with pytest.raises(launch.ConfigError, match=message):
-        check_all(launch.changed(config, changes))
+    with pytest.raises(ConfigError, match=message):
+        check_all(configuration.changed(config, changes))
 
 
 @pytest.mark.parametrize(
@@ -85,17 +93,19 @@ def test_impossible_configurations_are_refused(changes, message):
 )
 def test_impossible_arms_are_refused(arm, message):
     changes = {f"rl.{field}": value for field, value in arm.items()}
-    with pytest.raises(launch.ConfigError, match=message):
-        launch.check_rl(launch.changed(launch.load_config("configs/demo.py"), changes))
+    with pytest.raises(ConfigError, match=message):
+        checks.check_rl(
+            configuration.changed(configuration.load_config("configs/demo.py"), changes)
+        )
 
 
 def test_a_reward_that_judges_needs_a_reward_model_before_anything_is_loaded():
     """A pipeline makes one; a reward that asks none needs none."""
-    config = launch.load_config("configs/demo.py")
+    config = configuration.load_config("configs/demo.py")
     pipeline.check(config)
-    with pytest.raises(launch.ConfigError, match=r"'process_aware_outcome' needs rl.reward_model"):
-        launch.check_rl(config)
-    launch.check_rl(launch.changed(config, {"rl.reward": "rule_based"}))
+    with pytest.raises(ConfigError, match=r"'process_aware_outcome' needs rl.reward_model"):
+        checks.check_rl(config)
+    checks.check_rl(configuration.changed(config, {"rl.reward": "rule_based"}))
 
 
 def over(monkeypatch, devices):
@@ -120,18 +130,18 @@ def test_models_of_the_hub_are_checked_against_the_mesh_before_they_are_fetched(
     monkeypatch, file, devices, changes, message
 ):
     over(monkeypatch, devices)
-    config = launch.changed(launch.load_config(f"configs/{file}.py"), changes)
+    config = configuration.changed(configuration.load_config(f"configs/{file}.py"), changes)
     if message is None:
         pipeline.check(config)
     else:
-        with pytest.raises(launch.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             pipeline.check(config)
 
 
 def check_all(config):
-    launch.check_common(config)
+    checks.check_common(config)
     pipeline.check(config)
-    launch.check_rl(launch.changed(config, {"rl.reward_model": "arithmetic_chains"}))
+    checks.check_rl(configuration.changed(config, {"rl.reward_model": "arithmetic_chains"}))
 
 
 def documented_commands():
@@ -158,22 +168,22 @@ def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkey
             changes[field] = text
     file = next(a.removeprefix("--config=") for a in checked if a.startswith("--config="))
     changes |= {"model": "arithmetic_chains", "evaluate.generator": "arithmetic_chains"}
-    config = launch.changed(launch.load_config(file), changes)
-    checks = {
-        "sft": launch.check_sft,
-        "generate_verifications": launch.check_stage1,
-        "train_prm": launch.check_prm,
-        "train_rl": launch.check_rl,
-        "evaluate": launch.check_evaluate,
+    config = configuration.changed(configuration.load_config(file), changes)
+    by_name = {
+        "sft": checks.check_sft,
+        "generate_verifications": checks.check_stage1,
+        "train_prm": checks.check_prm,
+        "train_rl": checks.check_rl,
+        "evaluate": checks.check_evaluate,
         "pipeline": pipeline.check,
         "merge_verifications": merge_verifications.check_config,
         "study": study.check,
-        "compile_for_pod": launch.check_common,  # its mesh is one of devices that are not here
+        "compile_for_pod": checks.check_common,  # its mesh is one of devices that are not here
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples.jsonl").write_text("")
-    launch.check_common(config)
-    checks[name](config)
+    checks.check_common(config)
+    by_name[name](config)
     if file.endswith("demo.py"):  # runs/demo is the pipeline's own
         assert name == "pipeline" or "run_dir" in changes
 
@@ -190,7 +200,7 @@ def test_command_line_names_unknown_fields_and_files():
 
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert launch.load_config("configs/demo.py").task == "arithmetic_chains"
+    assert configuration.load_config("configs/demo.py").task == "arithmetic_chains"
 
 
 def test_a_typed_error_ends_the_program_without_a_traceback(tmp_path):
@@ -205,8 +215,8 @@ def test_a_typed_error_ends_the_program_without_a_traceback(tmp_path):
 
 
 def test_changed_copies_and_refuses_unknown_fields():
-    config = launch.load_config("configs/demo.py")
-    other = launch.changed(config, {"rl.steps": 3})
+    config = configuration.load_config("configs/demo.py")
+    other = configuration.changed(config, {"rl.steps": 3})
     assert (other.rl.steps, config.rl.steps) == (3, 20)
     with pytest.raises((KeyError, AttributeError)):
-        launch.changed(config, {"rl.stepz": 3})
+        configuration.changed(config, {"rl.stepz": 3})

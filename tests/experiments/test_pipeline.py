@@ -8,13 +8,14 @@ from experiment_runs import Stop
 from PIL import Image
 from rich.progress import Progress
 
-from spark_jax.experiments import launch, pipeline, pretrain, train_rl
+from spark_jax.experiments import configuration, loading, pipeline, pretrain, train_rl
+from spark_jax.experiments.configuration import ConfigError
 
 
 @pytest.fixture
 def config(tiny):
     changes = {"verify.methods": ("single", "outcome_consistency", "step_consistency")}
-    config = launch.changed(tiny, changes)
+    config = configuration.changed(tiny, changes)
     arms = config.pipeline.arms.to_dict()
     kept = ("prm_grpo", "prm_spro", "random")
     with config.unlocked():
@@ -76,8 +77,8 @@ def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path,
             made.append(pipeline.make_base(config, tmp_path / "base", progress))
     assert made[0].model == made[0].evaluate.generator == str(tmp_path / "base")
     assert made[0].to_dict() == made[1].to_dict()
-    fresh, fresh_config, tokenizer, _ = launch.load_model(made[0].model)
-    shipped, shipped_config, *_ = launch.load_model(config.model)
+    fresh, fresh_config, tokenizer, _ = loading.load_model(made[0].model)
+    shipped, shipped_config, *_ = loading.load_model(config.model)
     assert fresh_config == shipped_config
     assert tokenizer.eos_token_id == 1
     assert float(abs(fresh.embedding - shipped.embedding).max()) > 0.1
@@ -86,26 +87,24 @@ def test_a_base_made_afresh_takes_the_place_of_the_shipped_one(config, tmp_path,
 def test_what_stage_two_has_to_beat_is_what_it_starts_from(config):
     changes = {"prm.model": "owner/start", "evaluate.kind": "orm", "prm.kind": "orm"}
     for start, given in (("owner/start", changes), (config.model, {})):
-        asked = pipeline.base_as_reward_model(launch.changed(config, given), 3)
+        asked = pipeline.base_as_reward_model(configuration.changed(config, given), 3)
         assert (asked.model, asked.seed) == (start, 3)
         assert (asked.evaluate.what, asked.evaluate.kind) == ("reward_model", None)
         assert asked.prm.kind == "prm_cot"
 
 
 def test_quick_needs_numbers_to_take_a_share_of(config):
-    everything = launch.changed(config, {"evaluate.num_problems": None})
-    with pytest.raises(
-        launch.ConfigError, match=r"a share of evaluate.num_problems, which is None"
-    ):
+    everything = configuration.changed(config, {"evaluate.num_problems": None})
+    with pytest.raises(ConfigError, match=r"a share of evaluate.num_problems, which is None"):
         pipeline.quick_version(everything)
 
 
 def test_quick_is_smaller_and_has_a_folder_of_its_own(config, tmp_path):
     quick = pipeline.quick_version(config)
     assert quick.pipeline.seeds == (0,)
-    assert quick.rl.steps < launch.load_config("configs/demo.py").rl.steps
+    assert quick.rl.steps < configuration.load_config("configs/demo.py").rl.steps
     assert quick.generate.num_problems < config.generate.num_problems
-    results = pipeline.run(launch.changed(config, {"quick": True}), tmp_path / "run")
+    results = pipeline.run(configuration.changed(config, {"quick": True}), tmp_path / "run")
     assert results["seeds"] == [0]
     assert (tmp_path / "run-quick" / "summary.json").exists()
     assert not (tmp_path / "run").exists()

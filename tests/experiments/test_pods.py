@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from spark_jax.experiments import launch, pipeline
+from spark_jax.experiments import checks, configuration, pipeline
 
 HERE = Path(__file__).parent
 PODS = Path(__file__).parents[2] / "experiments" / "pods"
@@ -153,11 +153,11 @@ def program(line):
 
 def test_documented_commands_pass_their_checks_on_their_devices(monkeypatch):
     """With rewards, models, meshes and rows that fit, before anything is fetched or loaded."""
-    checks = {
+    by_name = {
         "pipeline": pipeline.check,
-        "generate_verifications": launch.check_stage1,
-        "train_prm": launch.check_prm,
-        "train_rl": launch.check_rl,
+        "generate_verifications": checks.check_stage1,
+        "train_prm": checks.check_prm,
+        "train_rl": checks.check_rl,
     }
     checked, one = [], jax.devices()[0]
     for script, block in documented_starts():
@@ -169,14 +169,14 @@ def test_documented_commands_pass_their_checks_on_their_devices(monkeypatch):
             if "spark_jax.experiments." not in line:
                 continue
             name, fields = program(re.sub(r" (>>|&).*", "", line) if script == "local" else line)
-            config = launch.load_config(fields.pop("--config"))
+            config = configuration.load_config(fields.pop("--config"))
             texts = {field.removeprefix("--config."): text for field, text in fields.items()}
             changes = {}
             for field, text in texts.items():
-                old = launch.value_of(config, field)
+                old = configuration.value_of(config, field)
                 changes[field] = type(old)(text)
-            launch.check_common(config)
-            checks[name](launch.changed(config, changes))
+            checks.check_common(config)
+            by_name[name](configuration.changed(config, changes))
             checked.append((script, name))
     assert set(checked) == {
         *((script, "pipeline") for script in ("tpu_vm", "gke", "slurm")),
@@ -340,8 +340,11 @@ def test_statuses_and_signals_of_processes_are_passed_on(tmp_path):
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        "if [[ $SPARK_JAX_PROCESS_ID == 1 ]]; then exit 3; fi\n"
-        "trap 'exit 0' TERM\necho ready\nwhile true; do sleep 0.1; done\n"
+        'failing="$(dirname "$0")/failing"\n'
+        "if [[ $SPARK_JAX_PROCESS_ID == 1 ]]; then\n"
+        "    trap '' TERM; touch \"$failing\"; exit 3\nfi\n"
+        "trap 'exit 0' TERM\nuntil [[ -e $failing ]]; do sleep 0.1; done\n"
+        "echo ready\nwhile true; do sleep 0.1; done\n"
     )
     python.chmod(0o755)
     child = subprocess.Popen(

@@ -17,7 +17,17 @@ from transformers import PreTrainedTokenizerFast
 from spark_jax.data import word_problems
 from spark_jax.data.records import Example, append_jsonl
 from spark_jax.evaluation.processbench import ProcessBenchSample
-from spark_jax.experiments import evaluate, generate_verifications, launch, sft, train_prm, train_rl
+from spark_jax.experiments import (
+    checks,
+    configuration,
+    evaluate,
+    generate_verifications,
+    loading,
+    sft,
+    train_prm,
+    train_rl,
+)
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.text_generation import SampledText
@@ -86,7 +96,9 @@ def config(base):
         "evaluate.samples_per_problem": 1,
         "evaluate.num_solutions": 2,
     }
-    return launch.changed(launch.load_config("configs/smollm2_word_problems.py"), small)
+    return configuration.changed(
+        configuration.load_config("configs/smollm2_word_problems.py"), small
+    )
 
 
 def answers_by_rule(model, options):
@@ -124,7 +136,7 @@ def stage1(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reward_model(config, stage1, tmp_path_factory):
     path = tmp_path_factory.mktemp("prm")
-    summary = train_prm.run(launch.changed(config, {"prm.data": str(stage1)}), path)
+    summary = train_prm.run(configuration.changed(config, {"prm.data": str(stage1)}), path)
     assert summary["num_examples"] == 8
     assert summary["num_too_long"] == 0
     return path
@@ -132,7 +144,7 @@ def reward_model(config, stage1, tmp_path_factory):
 
 def test_fine_tuning_resumes_bit_for_bit_and_learns_from_rendered_prompts(config, tmp_path):
     changes = {"sft.save_every": 2, "sft.steps": 6, "sft.optimizer.learning_rate": 3e-3}
-    config = launch.changed(config, changes)
+    config = configuration.changed(config, changes)
     whole = sft.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         sft.run(config, tmp_path / "cut", stop_at(3))
@@ -149,17 +161,19 @@ def test_fine_tuning_resumes_bit_for_bit_and_learns_from_rendered_prompts(config
 def test_examples_may_come_from_a_file(config, tmp_path):
     own = tmp_path / "own.jsonl"
     append_jsonl(own, [Example("2 + 2?", "4"), Example("3 + 3?", "6")])
-    read = sft.task_examples(launch.changed(config, {"sft.data": str(own)}), byte_tokenizer())
+    read = sft.task_examples(
+        configuration.changed(config, {"sft.data": str(own)}), byte_tokenizer()
+    )
     assert read[1] == (
         "<|system|>You are careful.<|end|><|user|>3 + 3?<|end|><|assistant|>",
         "6",
     )
     own.write_text(own.read_text() + '{"prompt": "no target"}\n')
-    with pytest.raises(launch.ConfigError, match=rf"sft\.data: .*{own.name}:\d+.*target"):
-        sft.task_examples(launch.changed(config, {"sft.data": str(own)}), byte_tokenizer())
+    with pytest.raises(ConfigError, match=rf"sft\.data: .*{own.name}:\d+.*target"):
+        sft.task_examples(configuration.changed(config, {"sft.data": str(own)}), byte_tokenizer())
 
-    no_examples = launch.changed(config, {"task": "gsm8k", "sft.data": ""})
-    with pytest.raises(launch.ConfigError, match="task='gsm8k' has no examples of its own"):
+    no_examples = configuration.changed(config, {"task": "gsm8k", "sft.data": ""})
+    with pytest.raises(ConfigError, match="task='gsm8k' has no examples of its own"):
         sft.task_examples(no_examples, byte_tokenizer())
 
 
@@ -177,7 +191,7 @@ def test_a_reward_model_is_tried_on_processbench(config, reward_model, tmp_path)
         "evaluate.what": "processbench",
         "evaluate.processbench.folder": str(folder),
     }
-    summary = evaluate.run(launch.changed(config, changes), tmp_path / "run")
+    summary = evaluate.run(configuration.changed(config, changes), tmp_path / "run")
     scores = summary["splits"]["gsm8k"]
     assert (scores["erroneous"], scores["correct"]) == (2, 1)
 
@@ -188,11 +202,11 @@ def test_rl_with_it_gives_a_policy_that_transformers_speaks_for(
 ):
     changes = {"rl.reward_model": str(reward_model / "model"), "rl.advantage": advantage}
     changes |= {"rl.reward": "process_aware_outcome"}
-    summary = train_rl.run(launch.changed(config, changes), tmp_path)
+    summary = train_rl.run(configuration.changed(config, changes), tmp_path)
     assert summary["evaluation"]["num_problems"] == 2
     exported = tmp_path / "model"
     assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [0, 4]
-    assert launch.load_model(str(exported)).stop_ids == (0, 4)
+    assert loading.load_model(str(exported)).stop_ids == (0, 4)
     assert same_greedy_text(exported)
 
 
@@ -201,8 +215,8 @@ def test_a_tokenizer_of_another_model_is_refused(base, tmp_path):
     larger = byte_tokenizer()
     larger.add_tokens(["one too many"])
     larger.save_pretrained(tmp_path)
-    with pytest.raises(launch.ConfigError, match="has 262 tokens, its embedding 261"):
-        launch.load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="has 262 tokens, its embedding 261"):
+        loading.load_model(str(tmp_path))
 
 
 def same_greedy_text(path):
@@ -219,7 +233,7 @@ def same_greedy_text(path):
     )
     with torch.no_grad():
         said = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)
-    loaded = launch.load_model(str(path))
+    loaded = loading.load_model(str(path))
     rollout = decoding.generate(
         decoding.layout(loaded.params, loaded.config),
         loaded.config,
@@ -243,8 +257,8 @@ def test_a_task_without_references_goes_through_all_stages(config, base, tmp_pat
         "task_options.eval_fraction": 0.4,
         "task_options.references": False,
     }
-    blind = launch.changed(config, {**changes, "generate.num_problems": 2})
-    blind = launch.changed(
+    blind = configuration.changed(config, {**changes, "generate.num_problems": 2})
+    blind = configuration.changed(
         blind, {"evaluate.num_problems": 1, "evaluate.num_solutions": 1, "rl.num_problems": 2}
     )
     with monkeypatch.context() as patch:
@@ -252,17 +266,17 @@ def test_a_task_without_references_goes_through_all_stages(config, base, tmp_pat
         stage1 = generate_verifications.run(blind, tmp_path / "stage1")
     assert stage1["methods"]["single"]["overall_accuracy"] is None
     assert stage1["methods"]["single"]["validity_rate"] == 1
-    with pytest.raises(launch.ConfigError, match=r"rl.reward='rule_based' needs reference answers"):
-        launch.check_rl(launch.changed(blind, {"rl.reward": "rule_based"}))
-    with pytest.raises(launch.ConfigError, match="'reference_guided' needs reference answers"):
-        launch.check_stage1(launch.changed(blind, {"verify.methods": ("reference_guided",)}))
+    with pytest.raises(ConfigError, match=r"rl.reward='rule_based' needs reference answers"):
+        checks.check_rl(configuration.changed(blind, {"rl.reward": "rule_based"}))
+    with pytest.raises(ConfigError, match="'reference_guided' needs reference answers"):
+        checks.check_stage1(configuration.changed(blind, {"verify.methods": ("reference_guided",)}))
     elsewhere = {"prm.data": str(tmp_path / "stage1"), "task_options.eval_fraction": 0.5}
-    with pytest.raises(launch.ConfigError, match=r"made with other task_options: \['eval_frac"):
-        train_prm.run(launch.changed(blind, elsewhere), tmp_path / "prm")
-    blind = launch.changed(blind, {"prm.data": str(tmp_path / "stage1")})
+    with pytest.raises(ConfigError, match=r"made with other task_options: \['eval_frac"):
+        train_prm.run(configuration.changed(blind, elsewhere), tmp_path / "prm")
+    blind = configuration.changed(blind, {"prm.data": str(tmp_path / "stage1")})
     prm = train_prm.run(blind, tmp_path / "prm")
     assert prm["held_out"]["overall_accuracy"]["estimate"] is None
     model = {"rl.reward_model": str(tmp_path / "prm" / "model")}
-    rl = train_rl.run(launch.changed(blind, model), tmp_path / "rl")
+    rl = train_rl.run(configuration.changed(blind, model), tmp_path / "rl")
     assert rl["evaluation"]["accuracy"]["estimate"] is None
     assert not any("accuracy" in name for row in metric_rows(tmp_path / "rl") for name in row)

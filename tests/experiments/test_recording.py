@@ -11,7 +11,8 @@ from experiment_runs import Stop, metric_rows, stop_at
 from spark_jax.advantages import grpo
 from spark_jax.data import tasks
 from spark_jax.data.arithmetic_chains import world
-from spark_jax.experiments import launch, recording, report, train_rl
+from spark_jax.experiments import configuration, recording, report, train_rl
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.reports import rollouts
 from spark_jax.rewards import monitor
 from spark_jax.rewards.format import format_checks, valid_part
@@ -33,7 +34,7 @@ def spro(tiny, reward_models, tmp_path_factory):
         "rl.steps": 3,
         "rl.record.every": 1,
     }
-    summary = train_rl.run(launch.changed(tiny, changes), path)
+    summary = train_rl.run(configuration.changed(tiny, changes), path)
     return path, summary
 
 
@@ -121,7 +122,7 @@ def test_monitor_and_soft_scores_are_metrics(spro):
 
 def test_a_run_without_reward_model_or_reference_shows_what_it_has(tiny, tmp_path):
     changes = {"rl.reward": "rule_based", "rl.record.problems": 1, "rl.steps": 3}
-    config = launch.changed(tiny, changes | {"rl.evaluate_every": 5})
+    config = configuration.changed(tiny, changes | {"rl.evaluate_every": 5})
     train_rl.run(config, tmp_path)
     assert list(rollouts.recorded_steps(tmp_path)) == [1, 3]
     record = step(tmp_path, 3)
@@ -129,7 +130,7 @@ def test_a_run_without_reward_model_or_reference_shows_what_it_has(tiny, tmp_pat
     assert (len(record.groups), record.num_groups) == (1, 2)
     assert all(response.verifications == () for response in record.responses)
     assert monitor.SOFT_SCORE not in read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert not recording.is_recorded(launch.changed(config, {"rl.record.problems": 0}), 1)
+    assert not recording.is_recorded(configuration.changed(config, {"rl.record.problems": 0}), 1)
 
 
 def test_doubt_is_of_yes_alone():
@@ -154,7 +155,7 @@ def test_alarms_are_logged_and_in_the_summary(tiny, tmp_path, caplog, monkeypatc
     monkeypatch.setitem(monitor.PATTERNS, "step_inflation", lambda rows, _: len(rows) % 2 + 0.25)
     changes = {"rl.reward": "random", "rl.steps": 4, "rl.monitor.step_inflation": 0.5}
     with caplog.at_level(logging.WARNING):
-        summary = train_rl.run(launch.changed(tiny, changes), tmp_path)
+        summary = train_rl.run(configuration.changed(tiny, changes), tmp_path)
     (found,) = [alarm for alarm in summary["alarms"] if alarm["pattern"] == "step_inflation"]
     assert (found["first_step"], found["last_step"], found["num_steps"]) == (2, 4, 2)
     assert found["peak"] == 1.25
@@ -166,7 +167,7 @@ def test_groups_that_are_filtered_out_are_shown_as_not_trained_on(tiny, tmp_path
     """And have no advantage, while their process rewards are still there to be seen."""
     changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 2}
     changes |= {"rl.filter_low": 0.0, "rl.filter_high": 1.0, "rl.optimizer.learning_rate": 1e-2}
-    train_rl.run(launch.changed(tiny, changes | {"rl.record.every": 1}), tmp_path)
+    train_rl.run(configuration.changed(tiny, changes | {"rl.record.every": 1}), tmp_path)
     seen = set()
     for number in (1, 2):
         record = step(tmp_path, number)
@@ -181,7 +182,7 @@ def test_groups_that_are_filtered_out_are_shown_as_not_trained_on(tiny, tmp_path
 
 def test_a_resumed_run_has_the_same_records_and_monitor(tiny, tmp_path):
     changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4, "rl.save_every": 2}
-    config = launch.changed(tiny, changes | {"rl.record.every": 1})
+    config = configuration.changed(tiny, changes | {"rl.record.every": 1})
     train_rl.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_rl.run(config, tmp_path / "broken", stop_at(3))
@@ -200,8 +201,8 @@ def test_thresholds_and_records_are_checked_before_anything(tiny, tmp_path):
         ({"rl.record.every": 0}, "rl.record.every=0"),
         ({"rl.record.problems": -1}, "rl.record.problems=-1"),
     ):
-        with pytest.raises(launch.ConfigError, match=message):
-            train_rl.run(launch.changed(tiny, {"rl.reward": "random"} | changes), tmp_path)
+        with pytest.raises(ConfigError, match=message):
+            train_rl.run(configuration.changed(tiny, {"rl.reward": "random"} | changes), tmp_path)
 
 
 def test_its_page_says_what_the_record_holds(spro, browser):

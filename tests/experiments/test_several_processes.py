@@ -10,7 +10,7 @@ import several
 import small_model
 from experiment_runs import metric_rows, weights
 
-from spark_jax.experiments import launch
+from spark_jax.experiments import loading
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def assert_same_rows(rows, others):
 
 def assert_same_run(path, other):
     assert_same_rows(metric_rows(path), metric_rows(other))
-    ours, theirs = (launch.load_model(str(p / "model")).params for p in (path, other))
+    ours, theirs = (loading.load_model(str(p / "model")).params for p in (path, other))
     np.testing.assert_allclose(ours.embedding, theirs.embedding, atol=3e-4)
     np.testing.assert_allclose(ours.layers.down, theirs.layers.down, atol=3e-4)
     for file in sorted((path / "samples").iterdir()):
@@ -93,7 +93,7 @@ def test_stages_one_and_two_equal_one_process(cache, model, tmp_path):
     )
     assert two["held_out"]["f1"] == one["held_out"]["f1"]
     ours, theirs = (
-        launch.load_model(str(tmp_path / f"prm_{count}" / "model")).params for count in (1, 2)
+        loading.load_model(str(tmp_path / f"prm_{count}" / "model")).params for count in (1, 2)
     )
     np.testing.assert_allclose(ours.embedding, theirs.embedding, atol=3e-4)
 

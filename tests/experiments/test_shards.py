@@ -5,7 +5,15 @@ import shutil
 
 import pytest
 
-from spark_jax.experiments import generate_verifications, launch, merge_verifications, train_prm
+from spark_jax.experiments import (
+    checks,
+    configuration,
+    generate_verifications,
+    loading,
+    merge_verifications,
+    train_prm,
+)
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.parallel import processes
 from spark_jax.training.run_folder import OtherRun
 
@@ -15,11 +23,11 @@ FILES = ("solutions.jsonl", "verified.jsonl", "summary.json", "config.json")
 @pytest.fixture(scope="module")
 def config(tiny):
     changes = {"generate.num_problems": 7, "verify.methods": ("single", "step_consistency")}
-    return launch.changed(tiny, changes | {"verify.chunk_size": 1})
+    return configuration.changed(tiny, changes | {"verify.chunk_size": 1})
 
 
 def part(config, index, count):
-    return launch.changed(config, {"generate.shard": (index, count)})
+    return configuration.changed(config, {"generate.shard": (index, count)})
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +60,18 @@ def test_merged_parts_are_the_whole_run(config, whole, parts, tiny):
     merge_verifications.run(config, parts)
     for name in FILES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    task = launch.load_task(config)
-    loaded = generate_verifications.load(launch.changed(tiny, {"prm.data": str(parts)}), task)
+    task = loading.load_task(config)
+    loaded = generate_verifications.load(
+        configuration.changed(tiny, {"prm.data": str(parts)}), task
+    )
     assert [len(items) for items in loaded] == [7, 14, 14]
     assert merge_verifications.run(config, parts)["num_problems"] == 7  # again: nothing to do
 
 
 def test_a_part_is_no_data_for_a_reward_model(tiny, shards, tmp_path):
     changes = {"prm.data": str(shards / "shard_0_of_3")}
-    with pytest.raises(launch.ConfigError, match=r"is part 0 of 3; .*merge_verifications"):
-        train_prm.run(launch.changed(tiny, changes), tmp_path)
+    with pytest.raises(ConfigError, match=r"is part 0 of 3; .*merge_verifications"):
+        train_prm.run(configuration.changed(tiny, changes), tmp_path)
 
 
 def test_records_twice_count_once(config, whole, parts, caplog):
@@ -86,13 +96,13 @@ def test_missing_and_unfinished_parts_are_named(config, parts):
 
 def test_parts_of_other_runs_are_refused(config, parts):
     with pytest.raises(OtherRun, match=r"shard_0_of_3 .*\n  seed: 0 in the folder, 5 now"):
-        merge_verifications.run(launch.changed(config, {"seed": 5}), parts)
+        merge_verifications.run(configuration.changed(config, {"seed": 5}), parts)
     shutil.rmtree(parts / "shard_2_of_3")
     shutil.copytree(parts / "shard_1_of_3", parts / "shard_2_of_3")
     with pytest.raises(OtherRun, match=r"shard_2_of_3 .*\n  generate.shard: \[1, 3\] in the"):
         merge_verifications.run(config, parts)
     shutil.copytree(parts / "shard_1_of_3", parts / "shard_0_of_2")
-    with pytest.raises(launch.ConfigError, match=r"shards of \[2, 3\]; parts of two divisions"):
+    with pytest.raises(ConfigError, match=r"shards of \[2, 3\]; parts of two divisions"):
         merge_verifications.run(config, parts)
 
 
@@ -100,29 +110,29 @@ def test_contents_that_do_not_fit_are_refused(config, parts):
     file = parts / "shard_1_of_3" / "solutions.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines) + lines[0].replace('"finished": true', '"finished": false'))
-    with pytest.raises(launch.ConfigError, match=r"solutions.jsonl:5: .* twice, with different"):
+    with pytest.raises(ConfigError, match=r"solutions.jsonl:5: .* twice, with different"):
         merge_verifications.run(config, parts)
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(
-        launch.ConfigError, match=r"1 records of solutions.jsonl, such as .*missing"
-    ):
+    with pytest.raises(ConfigError, match=r"1 records of solutions.jsonl, such as .*missing"):
         merge_verifications.run(config, parts)
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0,), (0.0, 2)])
 def test_impossible_shards_are_refused(config, shard):
-    with pytest.raises(launch.ConfigError, match=r"generate\.shard="):
-        launch.check_stage1(launch.changed(config, {"generate.shard": shard}))
+    with pytest.raises(ConfigError, match=r"generate\.shard="):
+        checks.check_stage1(configuration.changed(config, {"generate.shard": shard}))
 
 
 def test_more_shards_than_blocks_are_refused(config, tmp_path):
-    with pytest.raises(launch.ConfigError, match=r"7 problems are 4 blocks of 2.*at most 4 shards"):
+    with pytest.raises(ConfigError, match=r"7 problems are 4 blocks of 2.*at most 4 shards"):
         generate_verifications.run(part(config, 0, 5), tmp_path)
     assert not any(tmp_path.iterdir())  # a folder of 5 parts would stop others from being merged
 
 
 def test_parts_are_merged_without_the_devices_they_were_made_on(config, whole, parts):
-    merge_verifications.run(launch.changed(config, {"mesh.fsdp": 16, "mesh.tensor": 4}), parts)
+    merge_verifications.run(
+        configuration.changed(config, {"mesh.fsdp": 16, "mesh.tensor": 4}), parts
+    )
     for name in FILES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 

@@ -8,7 +8,13 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.data import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
-from spark_jax.experiments import evaluate, generate_verifications, launch, train_prm
+from spark_jax.experiments import (
+    configuration,
+    evaluate,
+    generate_verifications,
+    loading,
+    train_prm,
+)
 from spark_jax.parallel import processes
 from spark_jax.verification.aggregate import AGGREGATIONS
 
@@ -38,14 +44,16 @@ def test_stage1_sends_no_records_to_other_processes(tiny, tmp_path, monkeypatch)
     """They would be gigabytes: what `lead` returns goes to every process."""
     lead, sent = processes.lead, []
     monkeypatch.setattr(processes, "lead", lambda *given: sent.append(lead(*given)))
-    config = launch.changed(tiny, {"verify.methods": ("single",)})
+    config = configuration.changed(tiny, {"verify.methods": ("single",)})
     assert generate_verifications.run(config, tmp_path)["num_solutions"] == 8
     assert sent == [None, None]
 
 
 def test_reference_free_verifications_do_not_see_references(tiny, tmp_path, monkeypatch):
     """Every reference is made wrong; only the reference-guided verifications may change."""
-    config = launch.changed(tiny, {"verify.methods": ("step_consistency", "reference_guided")})
+    config = configuration.changed(
+        tiny, {"verify.methods": ("step_consistency", "reference_guided")}
+    )
     honest = generate_verifications.run(config, tmp_path / "honest")
     corrupt_references(monkeypatch)
     corrupted = generate_verifications.run(config, tmp_path / "corrupted")
@@ -62,9 +70,9 @@ def test_reference_free_verifications_do_not_see_references(tiny, tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["orm", "prm", "prm_cot"])
 def test_every_kind_of_reward_model_trains(tiny, reward_models, kind):
-    params, config, tokenizer, _ = launch.load_model(reward_models[kind])
+    params, config, tokenizer, _ = loading.load_model(reward_models[kind])
     assert config.vocab_size == len(tokenizer)
-    base, *_ = launch.load_model(tiny.model)
+    base, *_ = loading.load_model(tiny.model)
     assert float(abs(params.embedding - base.embedding).max()) > 1e-4
 
 
@@ -72,14 +80,14 @@ def test_every_kind_of_reward_model_trains(tiny, reward_models, kind):
 def test_every_method_gives_targets(tiny, stage1, method):
     changes = {"prm.data": str(stage1), "prm.method": method, "prm.balance": True}
     pairs, counts = train_prm.examples(
-        launch.changed(tiny, changes), tasks.load("arithmetic_chains")
+        configuration.changed(tiny, changes), tasks.load("arithmetic_chains")
     )
     assert len(pairs) == counts["balance"]["kept"]
 
 
 def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path):
     changes = {"prm.data": str(stage1), "prm.steps": 5, "prm.save_every": 2}
-    config = launch.changed(tiny, changes)
+    config = configuration.changed(tiny, changes)
     train_prm.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_prm.run(config, tmp_path / "broken", stop_at(4))  # after a save at 2, before one at 4
@@ -89,7 +97,7 @@ def test_stage2_resumes_bit_for_bit(tiny, stage1, tmp_path):
 
 
 def test_missing_stage1_is_named(tiny, tmp_path):
-    config = launch.changed(tiny, {"prm.data": str(tmp_path / "nowhere")})
+    config = configuration.changed(tiny, {"prm.data": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match=r"prm.data=.*nowhere.*generate_verifications"):
         train_prm.run(config, tmp_path / "prm")
     assert not (tmp_path / "prm").exists()  # the mended command may use the folder
@@ -98,7 +106,7 @@ def test_missing_stage1_is_named(tiny, tmp_path):
 def test_an_unfinished_stage1_is_refused(tiny, stage1, tmp_path):
     shutil.copytree(stage1, tmp_path / "stage1")
     (tmp_path / "stage1" / "summary.json").unlink()
-    config = launch.changed(tiny, {"prm.data": str(tmp_path / "stage1")})
+    config = configuration.changed(tiny, {"prm.data": str(tmp_path / "stage1")})
     with pytest.raises(FileNotFoundError, match=r"no summary.json, so it is no finished stage I"):
         train_prm.run(config, tmp_path / "prm")
 
@@ -106,8 +114,8 @@ def test_an_unfinished_stage1_is_refused(tiny, stage1, tmp_path):
 def test_stage2_may_have_another_seed_than_its_data(tiny, stage1):
     changes = {"prm.data": str(stage1), "seed": 7, "generate.num_problems": 1}
     task = tasks.load("arithmetic_chains")
-    other, _ = train_prm.examples(launch.changed(tiny, changes), task)
-    same, _ = train_prm.examples(launch.changed(tiny, {"prm.data": str(stage1)}), task)
+    other, _ = train_prm.examples(configuration.changed(tiny, changes), task)
+    same, _ = train_prm.examples(configuration.changed(tiny, {"prm.data": str(stage1)}), task)
     assert other == same
 
 
@@ -117,7 +125,7 @@ def test_evaluate_both_ways(tiny, reward_models, tmp_path):
     assert len(policy["correct_per_problem"]) == 4
     changes = {"model": reward_models["prm_cot"], "evaluate.what": "reward_model"}
     changes["evaluate.votes"] = 3
-    scores = evaluate.run(launch.changed(tiny, changes), tmp_path / "reward_model")
+    scores = evaluate.run(configuration.changed(tiny, changes), tmp_path / "reward_model")
     assert scores["num_solutions"] == 4
     assert "f1" in scores
     assert 0 <= scores["majority_overall_accuracy"] <= 1

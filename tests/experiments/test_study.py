@@ -12,7 +12,8 @@ from PIL import Image
 
 from spark_jax.data.arithmetic_chains import base, world
 from spark_jax.data.records import Verification, VerifiedSolution, read_jsonl
-from spark_jax.experiments import launch, study, train_rl
+from spark_jax.experiments import configuration, loading, study, train_rl
+from spark_jax.experiments.configuration import ConfigError
 
 SPRO_FAR = dict(
     reward="rule_based", advantage="spro", advantage_options=dict(beta=1.0, return_clip=0.5)
@@ -29,7 +30,7 @@ WEAK = dict(reward="process_aware_outcome", reward_model="weak", format_checks=(
 @pytest.fixture
 def config():
     changes = {name: value for name, value in TINY.items() if name != "verify.methods"}
-    config = launch.changed(launch.load_config("configs/demo_full.py"), changes)
+    config = configuration.changed(configuration.load_config("configs/demo_full.py"), changes)
     with config.unlocked():
         config.verify.methods = ("single", "outcome_consistency", "step_consistency")
         config.evaluate.votes = 2
@@ -201,15 +202,15 @@ def test_a_study_resumes_and_says_what_its_runs_found(config, tmp_path, monkeypa
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(config, tmp_path, changes, message):
-    with pytest.raises(launch.ConfigError, match=message):
-        study.run(launch.changed(config, changes), tmp_path / "study")
+    with pytest.raises(ConfigError, match=message):
+        study.run(configuration.changed(config, changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 
 def test_a_part_without_a_baseline_is_named(config, tmp_path):
     with config.unlocked():
         del config.study.baselines["formats"]
-    with pytest.raises(launch.ConfigError, match=r"study.baselines has no entry.*arms\.formats"):
+    with pytest.raises(ConfigError, match=r"study.baselines has no entry.*arms\.formats"):
         study.run(config, tmp_path)
 
 
@@ -217,7 +218,7 @@ def test_arms_of_no_part_are_named(config, tmp_path):
     with config.unlocked():
         config.study.arms.stage1 = ConfigDict(dict(grpo=dict(reward="rule_based")))
         config.study.arms.more = ConfigDict(dict(grpo=dict(reward="rule_based")))
-    with pytest.raises(launch.ConfigError, match=r"is no part of study.arms"):
+    with pytest.raises(ConfigError, match=r"is no part of study.arms"):
         study.run(config, tmp_path)
 
 
@@ -225,7 +226,7 @@ def test_arms_of_no_part_are_named(config, tmp_path):
 def test_an_early_model_is_made_once(tmp_path):
     path = study.early_model(tmp_path, updates=51)
     study.make_early_model(path, updates=51)
-    assert launch.load_model(str(path)).config.num_layers == 2
+    assert loading.load_model(str(path)).config.num_layers == 2
     (path / "model.safetensors").write_bytes(b"kept")
     study.make_early_model(path, updates=51)
     assert (path / "model.safetensors").read_bytes() == b"kept"
@@ -234,12 +235,12 @@ def test_an_early_model_is_made_once(tmp_path):
 def test_an_arm_with_an_unknown_option_is_named(config, tmp_path):
     with config.unlocked():
         config.study.arms.spro.far.advantage_options = dict(betta=1.0)
-    with pytest.raises(launch.ConfigError, match=r"arm 'far'.*betta"):
+    with pytest.raises(ConfigError, match=r"arm 'far'.*betta"):
         study.run(config, tmp_path)
 
 
 def test_the_shipped_study_can_work():
-    config = launch.load_config("configs/demo_full.py")
+    config = configuration.load_config("configs/demo_full.py")
     study.check(config)
     assert study.baselines(config, "spro")["far_clipped"] == "spro_beta1_lr0_001"
     assert sum(len(arms) for arms in config.study.arms.values()) > 40

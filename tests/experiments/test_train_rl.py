@@ -10,7 +10,8 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.advantages import ADVANTAGES
 from spark_jax.data import tasks
-from spark_jax.experiments import launch, train_rl
+from spark_jax.experiments import configuration, loading, train_rl
+from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import transformer
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
 from spark_jax.text_generation import SampledText, encode
@@ -19,13 +20,13 @@ from spark_jax.training.policy import PolicyBatch
 
 
 def run(tiny, path, changes):
-    return train_rl.run(launch.changed(tiny, changes), path)
+    return train_rl.run(configuration.changed(tiny, changes), path)
 
 
 def learned(path, tiny):
     """Whether the policy differs from the one the run began with."""
-    policy, *_ = launch.load_model(str(path / "model"))
-    base, *_ = launch.load_model(tiny.model)
+    policy, *_ = loading.load_model(str(path / "model"))
+    base, *_ = loading.load_model(tiny.model)
     return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), policy, base)))
 
 
@@ -94,18 +95,18 @@ def test_a_reference_policy_that_moves_with_the_policy_gives_no_process_reward(t
 
 
 def test_a_moving_reference_that_nothing_reads_is_refused(tiny, tmp_path):
-    with pytest.raises(launch.ConfigError, match=r"reference_decay=0\.5 moves.*does not use"):
+    with pytest.raises(ConfigError, match=r"reference_decay=0\.5 moves.*does not use"):
         run(tiny, tmp_path, {"rl.reward": "rule_based", "rl.reference_decay": 0.5})
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "num_heads"])
 def test_a_reference_policy_of_another_shape_is_refused(tiny, tmp_path, field):
-    base = launch.load_model(tiny.model)
+    base = loading.load_model(tiny.model)
     other = dataclasses.replace(base.config, **{field: getattr(base.config, field) * 2})
     params = transformer.init(other, jax.random.key(0))
-    launch.save_model(tmp_path / "other", base._replace(params=params, config=other))
+    loading.save_model(tmp_path / "other", base._replace(params=params, config=other))
     changes = {"rl.reward": "random", "rl.advantage": "spro"}
-    with pytest.raises(launch.ConfigError, match=rf"rl.reference_model=.* has {field}="):
+    with pytest.raises(ConfigError, match=rf"rl.reference_model=.* has {field}="):
         run(tiny, tmp_path / "rl", {**changes, "rl.reference_model": str(tmp_path / "other")})
 
 
@@ -212,7 +213,7 @@ def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls, decay):
     """Killed before the first checkpoint, and between two; started again in the same folder."""
     changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4}
     changes |= {"rl.save_every": 2, "rl.evaluate_every": 2, "rl.reference_decay": decay}
-    config = launch.changed(tiny, changes)
+    config = configuration.changed(tiny, changes)
     train_rl.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_rl.run(config, tmp_path / "broken", stop_at(calls))
@@ -241,8 +242,8 @@ def test_a_missing_reward_model_is_named(tiny, tmp_path):
 
 
 def test_problems_with_too_long_prompts_are_counted_and_not_trained_on(tiny, tmp_path):
-    base = launch.load_model(tiny.model)
-    task = launch.load_task(tiny)
+    base = loading.load_model(tiny.model)
+    task = loading.load_task(tiny)
     problems = task.problems(tiny.rl.num_problems, tiny.seed, "train")
     prompts = encode(base.tokenizer, [task.text_format.solve_prompt(p) for p in problems])
     limit = min(len(ids) for ids in prompts)
@@ -255,13 +256,13 @@ def test_problems_with_too_long_prompts_are_counted_and_not_trained_on(tiny, tmp
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert rows
         assert not long & {row["problem"] for row in rows}
-    with pytest.raises(launch.ConfigError, match="all 8 prompts have more than 1 tokens"):
+    with pytest.raises(ConfigError, match="all 8 prompts have more than 1 tokens"):
         run(tiny, tmp_path / "none", {**changes, "decode.max_prompt_length": 1})
 
 
 def test_step_ids_of_tokens():
     """Every token of a step block, tags included, has the step's number; the rest −1."""
-    tokenizer = launch.load_model("arithmetic_chains").tokenizer
+    tokenizer = loading.load_model("arithmetic_chains").tokenizer
     text = r"<think> <step> 1: 7 +5 =2 </step> <step> 2: 2 +1 =3 </step> </think>"
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)
@@ -276,6 +277,6 @@ def test_step_ids_of_tokens():
 def test_minibatches_are_whole_groups_and_cover_the_batch(tiny):
     rows = np.arange(16)
     batch = PolicyBatch(rows, rows, rows, rows, rows, rows)
-    config = launch.changed(tiny, {"rl.minibatches": 2, "rl.epochs": 2})
+    config = configuration.changed(tiny, {"rl.minibatches": 2, "rl.epochs": 2})
     parts = [part.tokens.tolist() for part in train_rl.minibatches(config, batch)]
     assert parts == [list(range(8)), list(range(8, 16))] * 2

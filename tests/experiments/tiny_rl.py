@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from spark_jax.experiments import launch, train_rl
+from spark_jax.experiments import configuration, train_rl
 from spark_jax.training import preemption
 
 CHANGES = {
@@ -28,7 +28,7 @@ CHANGES = {
 
 def config(steps):
     changes = CHANGES | {"rl.steps": steps, "rl.evaluate_every": steps // 2}
-    return launch.changed(launch.load_config("configs/demo.py"), changes)
+    return configuration.changed(configuration.load_config("configs/demo.py"), changes)
 
 
 def child(path, steps):
