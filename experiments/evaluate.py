@@ -112,39 +112,19 @@ def policy_scores(config: Config, task: tasks.Task, model: TextModel) -> dict[st
         settings=policy_settings(config),
         seed=config.seed + HELD_OUT_SEED,
     )
-    return scored_together(task.text_format, problems, samples, config.evaluate.answer_from)
-
-
-def scored_together(
-    text_format: TextFormat,
-    problems: Sequence[Problem],
-    samples: Sequence[Sequence[SampledText]],
-    answer_from: benchmarks.AnswerFrom,
-) -> dict[str, Any]:
-    """`evaluation.benchmarks.policy_scores`, for which every process compares the answers to its
-    share of the problems. All give the same samples."""
-    if jax.process_count() == 1:
-        return benchmarks.policy_scores(text_format, problems, samples, answer_from)
-
-    compare = text_format.same_answer
-
-    def compared() -> dict[Any, bool]:
-        own, met = processes.own_part(range(len(problems))), dict[Any, bool]()
-
-        def same_answer(*pair: str | None) -> bool:
-            return met[pair] if pair in met else met.setdefault(pair, compare(*pair))
-
-        noting = dataclasses.replace(text_format, same_answer=same_answer)
-        if own:
-            part = [problems[i] for i in own], [samples[i] for i in own]
-            benchmarks.policy_scores(noting, *part, answer_from)
-        return met
-
-    known = {pair: same for part in processes.on_own(compared) for pair, same in part.items()}
-    told = dataclasses.replace(
-        text_format, same_answer=lambda *pair: known[pair] if pair in known else compare(*pair)
+    grade = functools.partial(graded_together, task.text_format)
+    return benchmarks.policy_scores(
+        task.text_format, problems, samples, config.evaluate.answer_from, grade
     )
-    return processes.on_main(lambda: benchmarks.policy_scores(told, problems, samples, answer_from))
+
+
+def graded_together(
+    text_format: TextFormat, problems: Sequence[benchmarks.Answered]
+) -> list[benchmarks.Graded]:
+    """`evaluation.benchmarks.grade_answers`, of which every process does its share."""
+    return processes.share(
+        problems, functools.partial(benchmarks.grade_answers, text_format.same_answer)
+    )
 
 
 def benchmark_scores(
@@ -158,27 +138,35 @@ def benchmark_scores(
 
     Responses are kept in `responses/<benchmark>.jsonl`. Progress is in problems.
     """
-    work = functools.partial(_benchmark_scores, config, model, data, path, on_progress)
-    return processes.lead(work, text_sampler(model, configuration.decode_options(config)))
+    formats = {
+        name: loading.for_model(task, model.tokenizer, config).text_format
+        for name, (task, _) in data[0].items()
+    }
+
+    def graded(name: str, problems: Sequence[benchmarks.Answered]) -> list[benchmarks.Graded]:
+        return graded_together(formats[name], problems)
+
+    work = functools.partial(_benchmark_scores, config, data, formats, path, on_progress)
+    return processes.lead(work, text_sampler(model, configuration.decode_options(config)), graded)
 
 
 def _benchmark_scores(
     config: Config,
-    model: TextModel,
     data: Benchmarks,
+    formats: Mapping[str, TextFormat],
     path: Path,
     on_progress: OnProgress | None,
     sample: Sample,
+    graded: Callable[[str, Sequence[benchmarks.Answered]], Sequence[benchmarks.Graded]],
 ) -> dict[str, Any]:
     present, missing = data
     wanted = config.evaluate.benchmarks.samples_per_problem
     total, done, scores = sum(len(problems) for _, problems in present.values()), 0, {}
-    for name, (task, problems) in present.items():
-        text_format = loading.for_model(task, model.tokenizer, config).text_format
+    for name, (_, problems) in present.items():
         responses = benchmarks.sample_responses(
             sample,
             problems,
-            text_format,
+            formats[name],
             samples_per_problem=samples_per_problem(
                 config, wanted.get(name, config.evaluate.samples_per_problem)
             ),
@@ -189,8 +177,13 @@ def _benchmark_scores(
             chunk_size=config.evaluate.chunk_size,
             on_progress=on_progress and _shifted(on_progress, done, total),
         )
-        answer_from = config.evaluate.answer_from
-        scores[name] = benchmarks.policy_scores(text_format, problems, responses, answer_from)
+        scores[name] = benchmarks.policy_scores(
+            formats[name],
+            problems,
+            responses,
+            config.evaluate.answer_from,
+            functools.partial(graded, name),
+        )
         done += len(problems)
     shares = {
         name: [share for share in score["correct_per_problem"] if share is not None]

@@ -7,9 +7,10 @@ also those to problems without references, of which it reports what is known.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,21 @@ class Response:
     num_tokens: int | None
     finished: bool
     provenance: Provenance
+
+
+class Answered(NamedTuple):
+    """What is graded of a problem: the answers of its k responses, and the reference."""
+
+    answers: Sequence[str | None]
+    reference: str
+
+
+class Graded(NamedTuple):
+    correct: list[bool]  # of the k responses
+    majority: bool  # whether the answer that most of them give is right
+
+
+SameAnswer = Callable[[str | None, str | None], bool]
 
 
 def sample_responses(
@@ -113,6 +129,7 @@ def policy_scores(
     problems: Sequence[Problem],
     responses: Sequence[Sequence[Any]],
     answer_from: AnswerFrom = "format",
+    grade: Callable[[Sequence[Answered]], Sequence[Graded]] | None = None,
 ) -> dict[str, Any]:
     """How good k responses to each problem are, as JSON values.
 
@@ -120,6 +137,7 @@ def policy_scores(
         responses: per problem k ≥ 1, each with `.text`, `.finished` and `.num_tokens` or
             `.token_ids`.
         answer_from: how answers are read (`read_answer`).
+        grade: who compares answers; None: `grade_answers`, here and now.
 
     Returns: over the problems that have a reference, None where none has:
         accuracy: avg@k, {"estimate", "low", "high"} with its 95 % bootstrap interval over problems.
@@ -136,17 +154,13 @@ def policy_scores(
     k = len(responses[0])
     answers = [[read_answer(text_format, said.text, answer_from) for said in g] for g in responses]
     known = [row for row, problem in enumerate(problems) if problem.answer is not None]
-    graded = _graded(
-        text_format.same_answer, [answers[row] for row in known], [problems[row] for row in known]
-    )
+    answered = [Answered(answers[row], problems[row].answer or "") for row in known]
+    graded = list((grade or functools.partial(grade_answers, text_format.same_answer))(answered))
+    shares = dict(zip(known, (float(np.mean(problem.correct)) for problem in graded), strict=True))
     said_all = [said for group in responses for said in group]
     lengths = [_num_tokens(said) for said in said_all]
-    shares = dict(zip(known, graded.pop("shares")))
     return {
-        "accuracy": {"estimate": None, "low": None, "high": None},
-        f"pass@{k}": None,
-        f"maj@{k}": None,
-        **graded,
+        **_figures(graded, k),
         "response_length": None if None in lengths else _mean(lengths),
         "format_kept": _mean([format_ok(said.text) for said in said_all]),
         "finished": _mean([said.finished for said in said_all]),
@@ -159,6 +173,21 @@ def policy_scores(
         "problem_ids": [problem.id for problem in problems],
         "correct_per_problem": [shares.get(row) for row in range(len(problems))],
     }
+
+
+def grade_answers(same_answer: SameAnswer, problems: Sequence[Answered]) -> list[Graded]:
+    """Compares each different answer to a problem with its reference, once; and the majority's."""
+    if not problems:
+        return []
+    pairs = list(
+        dict.fromkeys((a, problem.reference) for problem in problems for a in problem.answers)
+    )
+    same = dict(zip(pairs, in_threads(same_answer, *zip(*pairs)), strict=True))
+    majority = maj_at_k([p.answers for p in problems], [p.reference for p in problems], same_answer)
+    return [
+        Graded([same[answer, problem.reference] for answer in problem.answers], bool(hit))
+        for problem, hit in zip(problems, majority, strict=True)
+    ]
 
 
 def mean_accuracy(
@@ -187,27 +216,15 @@ def mean_accuracy(
     return Interval(float(estimate), float(low), float(high))
 
 
-def _graded(
-    same_answer: Callable[[str | None, str | None], bool],
-    answers: Sequence[Sequence[str | None]],
-    problems: Sequence[Problem],
-) -> dict[str, Any]:
-    """accuracy, pass@k, maj@k and the `shares` they are made of; only these, [], for no problems.
-
-    Each different answer to a problem is compared with its reference once.
-    """
-    if not problems:
-        return {"shares": []}
-    references = [problem.answer or "" for problem in problems]
-    pairs = list(dict.fromkeys((a, ref) for group, ref in zip(answers, references) for a in group))
-    same = dict(zip(pairs, in_threads(same_answer, *zip(*pairs)), strict=True))
-    correct = np.array([[same[a, ref] for a in g] for g, ref in zip(answers, references)], bool)
-    k, shares = correct.shape[1], avg_at_k(correct)
+def _figures(graded: Sequence[Graded], k: int) -> dict[str, Any]:
+    if not graded:
+        nothing = {"estimate": None, "low": None, "high": None}
+        return {"accuracy": nothing, f"pass@{k}": None, f"maj@{k}": None}
+    correct = np.array([problem.correct for problem in graded], bool)
     return {
-        "accuracy": dataclasses.asdict(bootstrap_interval(shares)),
+        "accuracy": dataclasses.asdict(bootstrap_interval(avg_at_k(correct))),
         f"pass@{k}": _mean(pass_at_k(correct, k)),
-        f"maj@{k}": _mean(maj_at_k(answers, references, same_answer)),
-        "shares": shares.tolist(),
+        f"maj@{k}": _mean([problem.majority for problem in graded]),
     }
 
 

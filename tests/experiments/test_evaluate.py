@@ -13,14 +13,14 @@ import tiny_model
 
 from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings, read_jsonl
-from spark_jax.evaluation.benchmarks import Response
+from spark_jax.evaluation.benchmarks import Answered, Response
 from spark_jax.experiments import checks, configuration, evaluate, loading
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.parallel import processes
 from spark_jax.prm.processbench import Prediction
 from spark_jax.reports.benchmarks import markdown, policy_table, processbench_table
 from spark_jax.scoring import token_logprobs
-from spark_jax.text_generation import SampledText, TextModel
+from spark_jax.text_generation import TextModel
 from spark_jax.verification.parse import format_verification
 
 
@@ -57,7 +57,7 @@ def ruled(monkeypatch):
             return sample
 
         model = text_model(dataclasses.replace(tiny_model.CONFIG, max_positions=max_positions))
-        monkeypatch.setattr(launch, "load_text_model", lambda config, name: model)
+        monkeypatch.setattr(loading, "load_text_model", lambda config, name: model)
         monkeypatch.setattr(evaluate, "text_sampler", sampler)
         monkeypatch.setattr(
             evaluate, "score_in_batches", lambda model, tokens: -0.5 * (tokens[:, 1:] % 7)
@@ -335,11 +335,10 @@ def test_policies_are_scored_by_what_is_known(tiny):
 
 
 def test_processes_grade_a_share_of_the_problems_each(monkeypatch):
-    """Three, of which each compares what its problems need, and all have what one would find."""
-    problems = [Problem(f"p{i}", "?", answer) for i, answer in enumerate("12345")]
-    said = [[SampledText(f"\\boxed{{{a}}}", (1,), True) for a in "1233"] for _ in problems]
+    """Three, each comparing the answers to its own problems, and all have what one finds."""
+    problems = [Answered(list("1233"), answer) for answer in "12345"]
     text_format = chains().text_format
-    alone = evaluate.scored_together(text_format, problems, said, "last_boxed")
+    alone = evaluate.graded_together(text_format, problems)
     me, met = [0], {}
 
     def same_answer(a, b):
@@ -350,17 +349,17 @@ def test_processes_grade_a_share_of_the_problems_each(monkeypatch):
         made = []
         for me[0] in range(3):
             made.append(make())
-        me[0] = "afterwards"
         return made
 
     noted = dataclasses.replace(text_format, same_answer=same_answer)
     monkeypatch.setattr(processes, "on_own", on_own)
-    monkeypatch.setattr(processes, "on_main", lambda make: make())
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: me[0])
-    assert evaluate.scored_together(noted, problems, said, "last_boxed") == alone
+    assert evaluate.graded_together(noted, problems) == alone
     assert met == {0: set(), 1: set(), 2: {"4", "5"}}  # references of the last two problems
-    assert alone["accuracy"]["estimate"] == 0.2
+    assert [sum(problem.correct) for problem in alone] == [1, 1, 2, 0, 0]
+    assert [problem.majority for problem in alone] == [False, False, True, False, False]
+    assert evaluate.graded_together(noted, problems[:1]) == alone[:1]  # two have nothing to do
 
 
 # --- soft scores on one device -------------------------------------------------------------------

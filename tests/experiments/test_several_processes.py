@@ -98,6 +98,24 @@ def test_stages_one_and_two_equal_one_process(cache, model, tmp_path):
     np.testing.assert_allclose(ours.embedding, theirs.embedding, atol=3e-4)
 
 
+def test_benchmarks_equal_one_process(cache, model, tmp_path):
+    """Process 0 samples and writes, the answers are graded by both."""
+    wanted = model | {
+        "evaluate.what": "benchmarks",
+        "evaluate.benchmarks.names": "('arithmetic_chains',)",
+        "evaluate.benchmarks.num_problems": 3,
+        "evaluate.samples_per_problem": 4,
+    }
+    for count in (1, 2):
+        path = tmp_path / f"benchmarks_{count}"
+        several.run("evaluate", count, path, wanted | {"mesh.data": count}, cache)
+    one, two = (tmp_path / f"benchmarks_{count}" for count in (1, 2))
+    for name in ("summary.json", "table.md", "responses/arithmetic_chains.jsonl"):
+        assert (two / name).read_text() == (one / name).read_text()
+    scores = json.loads((one / "summary.json").read_text())["benchmarks"]["arithmetic_chains"]
+    assert 0 < scores["accuracy"]["estimate"] < 1
+
+
 @pytest.fixture(scope="module")
 def long(model):
     return RL | model | {"mesh.data": 2, "rl.steps": 10, "rl.evaluate_every": 5}
