@@ -30,9 +30,16 @@ from spark_jax.advantages import (
 )
 from spark_jax.data import tasks
 from spark_jax.data.batches import BatchOrder, batch_order
-from spark_jax.data.records import Problem, SamplingSettings
-from spark_jax.evaluation.grading import in_threads
-from spark_jax.experiments import checks, configuration, evaluate, launch, loading, recording
+from spark_jax.data.records import Problem
+from spark_jax.experiments import (
+    checks,
+    configuration,
+    evaluate,
+    launch,
+    loading,
+    recording,
+    rollouts,
+)
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.policy_update import (
     NEEDS_PROCESS_REWARDS,
@@ -55,26 +62,15 @@ from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
 from spark_jax.rewards import monitor
-from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
-    REWARDS,
-    REWARDS_THAT_GRADE,
     REWARDS_THAT_JUDGE,
-    REWARDS_THAT_NEED_REFERENCES,
     Judged,
-    disagreement,
-    judge,
 )
-from spark_jax.rewards.records import RewardInputs
-from spark_jax.steps import step_ids, token_offsets
 from spark_jax.text_generation import (
     SampledText,
     TextModel,
     encode,
     longest_prompt,
-    rollout_texts,
-    sample_rollout,
-    text_sampler,
 )
 from spark_jax.training import spread, state
 from spark_jax.training.checkpointing import Checkpoints
@@ -207,9 +203,9 @@ def take_step(
     if config.rl.reference_decay is not None:
         reference = moved(reference, train.params, config.rl.reference_decay)
     # Graded while the devices still work on the updates, for which nothing has waited yet.
-    correct = truths(setting.task, graded.problems, graded.samples)
+    correct = rollouts.truths(setting.task, graded.problems, graded.samples)
     values |= update_metrics(updates) | graded.judged.metrics
-    values |= truth_metrics(correct, graded.judged)
+    values |= rollouts.truth_metrics(correct, graded.judged)
     stopwatch.lap("update")
     if kept:
         values |= record(setting, step, graded, shown, correct, log.usual_steps(values))
@@ -259,14 +255,14 @@ def collect(
 ) -> Graded:
     """A step's rollout, judged and rewarded."""
     config, problems = setting.config, setting.problems_of(step)
-    rollout, samples = roll_out(config, setting.task, setting.policy(params), problems, step)
+    rollout, samples = rollouts.sample(config, setting.task, setting.policy(params), problems, step)
     stopwatch.lap("rollout", tokens=sum(len(sample.token_ids) for sample in samples))
     # The devices score the rollout while its responses are graded.
     logprobs = score_rollout(config, setting.model.config, params, reference, rollout)
-    judged = judge_responses(
+    judged = rollouts.judge_responses(
         config, setting.judged_task, setting.reward_model, problems, samples, step
     )
-    rewards = compute_rewards(config, setting.task, problems, samples, judged, step)
+    rewards = rollouts.rewards(config, setting.task, problems, samples, judged, step)
     stopwatch.lap("rewards")
     return Graded(problems, rollout, logprobs, samples, judged, rewards)
 
@@ -274,7 +270,7 @@ def collect(
 def inputs_of(setting: Setting, graded: Graded) -> AdvantageInputs:
     """What the rollout's advantages are made of; for process rewards, with the truth to compare."""
     config, rollout = setting.config, graded.rollout
-    steps = token_step_ids(
+    steps = rollouts.token_step_ids(
         setting.task, setting.model.tokenizer, graded.samples, rollout.tokens.shape[1]
     )
     inputs = advantage_inputs(
@@ -282,7 +278,7 @@ def inputs_of(setting: Setting, graded: Graded) -> AdvantageInputs:
     )
     if config.rl.advantage not in NEEDS_PROCESS_REWARDS:
         return inputs
-    known = step_truth(setting.task, graded.problems, graded.samples)
+    known = rollouts.step_truth(setting.task, graded.problems, graded.samples)
     return dataclasses.replace(inputs, step_truth=known)
 
 
@@ -406,15 +402,15 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def position(config: Config, folder: RunFolder, rollouts: int) -> dict[str, Any]:
+def position(config: Config, folder: RunFolder, done: int) -> dict[str, Any]:
     """What a checkpoint notes beside the state: which run it is of, and where that run stands.
 
     The rollout that is pending is drawn from a seed and its own number alone, and the problems it
     is drawn for are the batch of that number: these are all there is to know of it.
     """
     return folder.identity | {
-        "rollouts": rollouts,
-        "pending_rollout": {"seed": config.seed, "step": rollouts + 1, "batch": rollouts},
+        "rollouts": done,
+        "pending_rollout": {"seed": config.seed, "step": done + 1, "batch": done},
     }
 
 
@@ -453,138 +449,6 @@ def without_too_long(
             too_long, len(problems), limit,
         )  # fmt: skip
     return kept, too_long
-
-
-def roll_out(
-    config: Config, task: tasks.Task, policy: TextModel, problems: Sequence[Problem], step: int
-) -> tuple[decoding.Rollout, list[SampledText]]:
-    """G responses to every G-th of the B problems (they stand there once per response)."""
-    different = problems[:: config.rl.group_size]
-    rollout = sample_rollout(
-        policy,
-        [task.text_format.solve_prompt(problem) for problem in different],
-        samples_per_prompt=config.rl.group_size,
-        settings=SamplingSettings(
-            temperature=config.rl.temperature, max_new_tokens=config.decode.max_new_tokens
-        ),
-        key=jax.random.fold_in(_key(config), step),
-        options=configuration.decode_options(config),
-    )
-    return rollout, rollout_texts(rollout, policy.tokenizer)
-
-
-def judge_responses(
-    config: Config,
-    task: tasks.Task,
-    reward_model: TextModel | None,
-    problems: Sequence[Problem],
-    samples: Sequence[SampledText],
-    step: int,
-) -> Judged:
-    """Format checks, and the reward model's judgements where the reward needs them."""
-    options = configuration.decode_options(config)
-    return judge(
-        None if reward_model is None else text_sampler(reward_model, options),
-        task.text_format,
-        problems,
-        [sample.text for sample in samples],
-        config.prm.kind,
-        SamplingSettings(greedy=True, max_new_tokens=config.decode.max_new_tokens),
-        seed=step,
-        checks=tuple(config.rl.format_checks),
-    )
-
-
-def compute_rewards(
-    config: Config,
-    task: tasks.Task,
-    problems: Sequence[Problem],
-    samples: Sequence[SampledText],
-    judged: Judged,
-    step: int,
-) -> np.ndarray:
-    """r [B]. Only a reward that needs references is handed problems that still have them."""
-    if config.rl.reward not in REWARDS_THAT_NEED_REFERENCES:
-        problems = [dataclasses.replace(problem, answer=None) for problem in problems]
-    inputs = RewardInputs(
-        problems=problems,
-        responses=[sample.text for sample in samples],
-        group_size=config.rl.group_size,
-        format=task.text_format,
-        format_ok=judged.format_ok,
-        judgements=judged.judgements if config.rl.reward in REWARDS_THAT_JUDGE else None,
-        seed=config.seed * 1_000_003 + step,
-    )
-    if config.rl.reward in REWARDS_THAT_GRADE:
-        return graded_together(config.rl.reward, inputs)
-    return REWARDS[config.rl.reward](inputs)
-
-
-def graded_together(reward: str, inputs: RewardInputs) -> np.ndarray:
-    """A reward whose rows depend on their own group alone, every process grading its share."""
-
-    def grade(groups: Sequence[int]) -> list[Any]:
-        if not groups:
-            return []
-        size = inputs.group_size
-        rows = slice(groups[0] * size, (groups[-1] + 1) * size)
-        names = ("problems", "responses", "format_ok")
-        part = {name: getattr(inputs, name)[rows] for name in names}
-        return np.split(REWARDS[reward](dataclasses.replace(inputs, **part)), len(groups))
-
-    groups = range(len(inputs.responses) // inputs.group_size)
-    return np.concatenate(processes.share(groups, grade))
-
-
-def step_truth(
-    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
-) -> jax.Array | None:
-    """[B, K]: which steps are right (+1) and wrong (−1), 0 where there is none, for metrics alone.
-    None for a task that does not know."""
-    known = [task.labels(p, s.text)[0] for p, s in zip(problems, samples, strict=True)]
-    if any(labels is None for labels in known):
-        return None
-    truth = np.zeros((len(known), MAX_STEPS), np.int8)
-    for row, labels in zip(truth, known, strict=True):
-        signs = np.where(np.array(labels, bool), 1, -1)[:MAX_STEPS]
-        row[: len(signs)] = signs
-    return jnp.asarray(truth)
-
-
-def token_step_ids(
-    task: tasks.Task, tokenizer: Any, samples: Sequence[SampledText], num_tokens: int
-) -> np.ndarray:
-    """[B, T]: which step each sampled token belongs to, −1 outside any, as at the stop token."""
-    bodies = [s.token_ids[:-1] if s.finished else s.token_ids for s in samples]
-    texts, offsets = zip(*(token_offsets(tokenizer, body) for body in bodies), strict=True)
-    spans = [task.text_format.split_steps(text)[:MAX_STEPS] for text in texts]
-    return step_ids(spans, offsets, num_tokens)
-
-
-def truths(
-    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
-) -> list[bool | None]:
-    """Whether each answer is right, None without a reference: what the run may look at but never
-    learn from."""
-
-    def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
-        texts = [sample.text for _, sample in rows]
-        is_right = partial(evaluate.is_right, task)
-        return in_threads(is_right, [problem for problem, _ in rows], texts)
-
-    return processes.share(list(zip(problems, samples, strict=True)), grade)
-
-
-def truth_metrics(right: Sequence[bool | None], judged: Judged) -> dict[str, float]:
-    """Accuracy against the references, and how often the reward model disagrees with it; {} where a
-    problem has no reference."""
-    known = [hit for hit in right if hit is not None]
-    if len(known) < len(right):
-        return {}
-    metrics = {"truth/accuracy": float(np.mean(known))}
-    if any(judgement.called for judgement in judged.judgements):
-        metrics |= disagreement(judged.judgements, np.array(known, bool))
-    return metrics
 
 
 def _reward_model(config: Config, task: tasks.Task) -> tuple[TextModel | None, tasks.Task]:

@@ -10,7 +10,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.advantages import ADVANTAGES
 from spark_jax.data import tasks
-from spark_jax.experiments import configuration, loading, train_rl
+from spark_jax.experiments import configuration, loading, rollouts, train_rl
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import transformer
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
@@ -266,11 +266,11 @@ def test_step_ids_of_tokens():
     text = r"<think> <step> 1: 7 +5 =2 </step> <step> 2: 2 +1 =3 </step> </think>"
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)
-    got = train_rl.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 18)
+    got = rollouts.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 18)
     np.testing.assert_array_equal(got[0], [-1] + [0] * 6 + [1] * 6 + [-1] * 5)
     unclosed = tokenizer.encode("<think> <step> 1: 7", add_special_tokens=False)
     sample = SampledText("<think> <step> 1: 7", (*unclosed, tokenizer.eos_token_id), True)
-    got = train_rl.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 6)
+    got = rollouts.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 6)
     np.testing.assert_array_equal(got[0], [-1, 0, 0, 0, -1, -1])  # the end is in no step
 
 
