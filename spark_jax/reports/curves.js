@@ -4,6 +4,7 @@
 const LINE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", ""];
 const LINE_COLOURS_DARK = ["#3D9BE0", "#FF7F3F", "#1FC99A", "#E59AC6", "#F0B429", "#8FD0F5", ""];
 const DASHES = [[], [7, 4], [2, 3], [10, 4, 2, 4], [4, 6]];
+const MOST_BANDS = 6; // of lines in one panel: more bands hide each other, and the lines
 
 function lineStyle(index) {
   const colours = isDark() ? LINE_COLOURS_DARK : LINE_COLOURS;
@@ -46,7 +47,9 @@ function drawCurves(root, panels, runs) {
     const grid = root.appendChild(element("div", { class: "panels" }));
     for (const panel of panels) {
       const box = grid.appendChild(element("div", { class: "panel" }, element("h3", {}, panel.title)));
-      if (panel.note) box.append(element("p", { class: "note" }, panel.note));
+      const banded = panel.lines.filter(hasBand).length > MOST_BANDS;
+      const note = banded ? `${panel.note}; bands where ${MOST_BANDS} lines or fewer are shown` : panel.note;
+      if (note) box.append(element("p", { class: "note" }, note));
       const own = !panel.lines.every((line) => runs.includes(line.label));
       const labels = own ? panel.lines.map((line) => line.label) : runs;
       charts.push(drawPanel(box, panel, labels));
@@ -73,11 +76,11 @@ function drawPanel(box, panel, labels) {
     const points = { show: few, size: 5, fill: style.colour };
     const look = { stroke: style.colour, width: 2, dash: style.dash, points };
     add(line.estimate, { label: line.label, ...look });
-    if (line.low.some((value) => value !== null)) {
+    if (hasBand(line)) {
       const edge = { label: "", width: 0, points: { show: false }, stroke: "transparent" };
       add(line.low, edge);
       add(line.high, edge);
-      bands.push({ series: [series.length - 1, series.length - 2], fill: `${style.colour}2e` });
+      bands.push({ series: [series.length - 1, series.length - 2], fill: `color-mix(in srgb, ${style.colour} 18%, transparent)` });
     }
 
     function add(values, options) {
@@ -102,7 +105,7 @@ function drawPanel(box, panel, labels) {
       series,
       bands,
       legend: { show: false },
-      scales: { x: { time: false }, y: { range: paddedRange } },
+      scales: { x: { time: false }, y: { range: rangeOfShown } },
       axes: [
         { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] },
         { ...axis, size: 46, values: (_, ticks) => ticks.map(shortNumber) },
@@ -143,17 +146,38 @@ function drawPanel(box, panel, labels) {
     readout.style.bottom = `${box.clientHeight - u.root.offsetTop}px`; // over the title, not the data
   }
 
+  function rangeOfShown(u) {
+    const shown = series.map((_, i) => i).filter((i) => i > 0 && u.series[i].show);
+    const values = (of) => of.flatMap((i) => data[i]).filter((value) => value !== undefined);
+    return shownRange(values(shown.filter((i) => series[i].label)), values(shown.filter((i) => !series[i].label)));
+  }
+
   function showLines(hidden) {
+    const shown = panel.lines.filter((line) => hasBand(line) && !hidden.has(line.label)).length;
     for (let i = 1; i < names.length; i++) {
-      const show = !hidden.has(names[i]);
+      const show = !hidden.has(names[i]) && (Boolean(series[i].label) || shown <= MOST_BANDS);
       if (plot.series[i].show !== show) plot.setSeries(i, { show });
     }
   }
   return { plot, showLines };
 }
 
-function paddedRange(_, low, high) {
-  if (low === null || high === null) return [0, 1];
+function hasBand(line) {
+  return line.low.some((value) => value !== null);
+}
+
+function extent(values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
+// The values of the lines with some room, and of the edges of bands what that room shows: an
+// interval over two seeds can be many times as wide as all lines together.
+function shownRange(values, edges) {
+  if (!values.length) return [0, 1];
+  const [lowest, highest] = extent(values);
+  const [least, most] = extent([...values, ...edges]);
+  const room = (highest - lowest || Math.abs(highest) || 1) / 2;
+  const [low, high] = [Math.max(least, lowest - room), Math.min(most, highest + room)];
   const margin = (high - low || Math.abs(high) || 1) * 0.08;
   return [low >= 0 && low - margin < 0 ? 0 : low - margin, high + margin];
 }

@@ -45,13 +45,17 @@ async function load(name) {
   return JSON.parse(await new Response(stream).text());
 }
 
+const MOST_ALARMS = 6; // at a glance; more are folded
+
 function showAlarms(root, alarms, watched) {
   if (alarms.length) {
-    const several = new Set(alarms.map((alarm) => alarm.run)).size > 1;
+    const runs = new Set(alarms.map((alarm) => alarm.run)).size;
     const items = alarms.map((alarm) =>
       element("li", { "data-pattern": alarm.pattern },
-        `⚠ ${several || alarm.run ? `${alarm.run}: ` : ""}${alarm.text}`));
-    root.append(element("ul", { class: "alarms" }, ...items));
+        `⚠ ${runs > 1 || alarm.run ? `${alarm.run}: ` : ""}${alarm.text}`));
+    const list = element("ul", { class: "alarms" }, ...items);
+    const summary = element("summary", {}, `⚠ ${items.length} alarms of the monitor, in ${runs} run${runs > 1 ? "s" : ""}`);
+    root.append(items.length > MOST_ALARMS ? element("details", { class: "alarms" }, summary, list) : list);
   } else if (watched) {
     root.append(element("p", { class: "quiet" }, "No alarm of the monitor."));
   }

@@ -18,6 +18,7 @@ LINES = (
     Line("a", (1, 2, 3), (0.25, 0.5, None), (0.125, None, None), (0.375, None, None)),
     Line("b", (2, 4), (1.0, 2.0)),
 )
+MOST_BANDS = MOST_ALARMS = 6
 PANELS = (Panel("reward", LINES), Panel("entropy", LINES[1:]))
 TABLE = Table("Stage <I>", ("method", "N"), (("stage I: x", ""), ("single", "0.5")), ("A note.",))
 
@@ -285,6 +286,54 @@ def test_a_curve_says_its_numbers_and_intervals(browser, file):
         tab.click(".legend.shared button >> nth=1")
         tab.mouse.move(box["x"] + box["width"] - 4, box["y"] + 32)
         assert "b: 2" not in texts(tab, ".panel >> nth=0 >> .readout div")
+
+
+def test_bands_hide_neither_the_lines_nor_each_other(browser, tmp_path):
+    """Those of many lines are not drawn until few are shown, and none stretches the picture."""
+    lines = [
+        Line(f"r{i}", (1, 2), (0.5, 0.6), (-3.0 - i, -3.0), (4.0, 4.0 + i))
+        for i in range(MOST_BANDS + 1)
+    ]
+    section = Section("RL", [line.label for line in lines], [Panel("reward", lines, note="seeds")])
+    file = page.write(tmp_path / "page.html", Page("many", sections=[section]))
+    with browser(file) as tab:
+
+        def tinted():  # pixels of one band over nothing
+            return tab.evaluate(
+                "() => { const c = document.querySelector('.panel canvas');"
+                "const copy = new OffscreenCanvas(c.width, c.height).getContext('2d');"
+                "copy.drawImage(c, 0, 0);"
+                "const all = copy.getImageData(0, 0, c.width, c.height).data;"
+                "return all.filter((value, i) => i % 4 == 3 && value == 0x2e).length }"
+            )
+
+        assert (
+            tab.inner_text(".panel .note")
+            == f"seeds; bands where {MOST_BANDS} lines or fewer are shown"
+        )
+        assert tinted() < 10  # the edge of a letter
+        for i in range(MOST_BANDS):
+            tab.click(f".legend button >> text=r{i}")
+        tab.wait_for_timeout(200)
+        assert tinted() > 100
+        low, high = tab.evaluate("shownRange([0.5, 0.6], [-3, 4])")
+        assert 0.4 < low < 0.5
+        assert 0.6 < high < 0.7
+        low, high = tab.evaluate("shownRange([0.5, 0.6], [0.49, 0.61])")
+        assert 0.48 < low < 0.49
+        assert 0.61 < high < 0.62
+
+
+@pytest.mark.parametrize("number", [MOST_ALARMS, MOST_ALARMS + 1])
+def test_many_alarms_are_folded(browser, tmp_path, number):
+    alarms = {f"run {i}": [Alarm("step_inflation", i, i, 1, 0.5, 0.3)] for i in range(number)}
+    file = page.write(tmp_path / "page.html", Page("alarms", alarms=alarms))
+    with browser(file) as tab:
+        if number > MOST_ALARMS:
+            assert not tab.is_visible(".alarms li >> nth=0")
+            tab.click(f"summary >> text=⚠ {number} alarms of the monitor, in {number} runs")
+        assert len(texts(tab, ".alarms li")) == number
+        assert tab.is_visible(".alarms li >> nth=0")
 
 
 def test_an_empty_page_says_so(browser, tmp_path):
