@@ -195,24 +195,24 @@ class _Others(threading.Thread):
     def __init__(self, board: processes.Board, index: int, count: int, grace: float) -> None:
         super().__init__(name="preemption of others", daemon=True)
         self._board, self._index, self._count, self._grace = board, index, count, grace
-        self._stop = threading.Event()
+        self._over = threading.Event()
 
     def stop(self) -> None:
-        self._stop.set()
+        self._over.set()
         self.join()
 
     def run(self) -> None:
         try:
             while not self._board.read("told"):
-                if self._stop.wait(SECONDS_BETWEEN_LOOKS):
+                if self._over.wait(SECONDS_BETWEEN_LOOKS):
                     return
             _heard.set()
             _wait_for_the_step(self._grace)
             number = 0
-            while not self._stop.is_set():
+            while not self._over.is_set():
                 self._save_together_or_go_on(number)
                 number += 1
-                self._stop.wait(SECONDS_BETWEEN_LOOKS)
+                self._over.wait(SECONDS_BETWEEN_LOOKS)
         except jax.errors.JaxRuntimeError:  # process 0 is gone, and so is the run
             logger.warning("SIGTERM: no answer from the others", exc_info=True)
 
@@ -239,7 +239,7 @@ class _Others(threading.Thread):
         """What is there when all is there, or when the time is over."""
         deadline = time.monotonic() + seconds
         while len(texts := self._board.read(folder)) < count and time.monotonic() < deadline:
-            if self._stop.wait(0.05):
+            if self._over.wait(0.05):
                 break
         return texts
 
