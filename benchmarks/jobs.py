@@ -356,6 +356,17 @@ def train_variants(setting: Setting) -> list[Contender]:
     ]
 
 
+def advantages(setting: Setting) -> list[Contender]:
+    """Those of as many tokens as `scoring` scores, beside the policy step: is a kernel worth it?"""
+    size = setting.size
+    sizes = {"rows": size.batch, "new": size.scored // size.batch, "group": size.batch // 2}
+    contenders = [
+        Contender(f"ours, {name}", "ours", {"work": "advantages", "advantage": name} | sizes)
+        for name in ("grpo", "selective", "global_step", "spro")
+    ]
+    return [*contenders, _training(setting, "policy", "ours, policy step", "ours", "float32")]
+
+
 def agreement(setting: Setting) -> list[Contender]:
     """The sampler's log-probs against the scorer's, on the same tokens."""
     size = setting.size
@@ -407,13 +418,14 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Contender]]] = {
     "policy_step_bfloat16": policy_step_bfloat16,
     "sft_step": sft_step,
     "train_variants": train_variants,
+    "advantages": advantages,
     "agreement": agreement,
     "layouts": layouts,
     "weight_layout": weight_layout,
     "loading": loading,
 }
 LONG = {"stage_one", "continuous_batching"}  # two rounds at most
-TRAINING = {"policy_step", "policy_step_bfloat16", "sft_step", "train_variants"}
+TRAINING = {"policy_step", "policy_step_bfloat16", "sft_step", "train_variants", "advantages"}
 
 Program = tuple[str, str, str, int | None]  # name, worker, dtype, threads
 

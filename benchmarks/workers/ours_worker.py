@@ -14,9 +14,11 @@ import numpy as np
 from serve import Result, Run, jax_probes, serve
 
 from spark_jax import decoding, scoring
+from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.kernels.linear_logprob import linear_logprob
 from spark_jax.models import checkpoints, config, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.training import optimizer, state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.sft import SFTBatch, sft_step
@@ -154,6 +156,28 @@ def policy(job: Job) -> Run:
     return _train(job, functools.partial(policy_step, objective=objective), batch)
 
 
+def advantages(job: Job) -> Run:
+    """Advantages of given log-probs, rewards, verdicts and steps, by name."""
+    rng = np.random.default_rng(0)
+    shape, group = (job["rows"], job["new"]), job["group"]
+    inputs = AdvantageInputs(
+        rewards=jnp.asarray(rng.integers(0, 2, shape[0]), jnp.float32),
+        mask=jnp.asarray(np.arange(shape[1]) < rng.integers(1, 1 + shape[1], (shape[0], 1))),
+        group_size=group,
+        policy_logprobs=jnp.asarray(-rng.exponential(size=shape), jnp.float32),
+        ref_logprobs=jnp.asarray(-rng.exponential(size=shape), jnp.float32),
+        verdicts=jnp.asarray(rng.choice([-1, 1], (shape[0], MAX_STEPS)), jnp.int8),
+        step_ids=jnp.asarray(np.broadcast_to(np.arange(shape[1]) * MAX_STEPS // shape[1], shape)),
+    )
+    program = _compiled_once(ADVANTAGES[job["advantage"]], inputs)
+
+    def run(warm: bool) -> Result:
+        jax.block_until_ready(program()(inputs))
+        return {"amount": int(inputs.mask.sum()), "temporaries": _temporaries(program())}
+
+    return run
+
+
 def sft(job: Job) -> Run:
     """One supervised update: cross-entropy on the responses, AdamW."""
     prompts, responses = (jnp.asarray(job[x], jnp.int32) for x in ("prompts", "responses"))
@@ -219,6 +243,7 @@ WORK: dict[str, Callable[[Job], Run]] = {
     "agreement": agreement,
     "policy": policy,
     "sft": sft,
+    "advantages": advantages,
     "layout": layout,
     "load": load,
     "matmul": matmul,
