@@ -40,6 +40,7 @@ from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.update import in_micro_batches
 
 NEEDS_PROCESS_REWARDS = ("spro", "masked_step", "prime")
+PROCESS_REWARD_AUC = "spro/process_reward_auc"  # what metrics of it begin with
 
 
 class Logprobs(NamedTuple):
@@ -187,6 +188,11 @@ def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"policy/updates": len(updates)} | named
 
 
+def undefined(name: str, value: Any) -> bool:
+    """Whether a rollout has no such number: no area under ROC where no step is wrong, or judged."""
+    return name.startswith(PROCESS_REWARD_AUC) and bool(np.isnan(value))
+
+
 def needs_reference_policy(config: Config) -> bool:
     return config.rl.advantage in NEEDS_PROCESS_REWARDS or config.rl.objective.kl_coefficient > 0
 
@@ -301,10 +307,10 @@ def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, A
     steps = step_process_rewards(returns, inputs.step_ids, num_steps=MAX_STEPS)
     metrics = {
         "spro/msa_mean_absolute": _per_token(jnp.abs(msa), inputs),
-        "spro/process_reward_auc_verdicts": process_reward_auc(steps, inputs.verdicts),
+        f"{PROCESS_REWARD_AUC}_verdicts": process_reward_auc(steps, inputs.verdicts),
     }
     if inputs.step_truth is not None:
-        metrics["spro/process_reward_auc_truth"] = process_reward_auc(steps, inputs.step_truth)
+        metrics[f"{PROCESS_REWARD_AUC}_truth"] = process_reward_auc(steps, inputs.step_truth)
     return metrics
 
 

@@ -54,6 +54,7 @@ from spark_jax.experiments.policy_update import (
     needs_reference_policy,
     packed,
     score_rollout,
+    undefined,
     update_metrics,
     update_settings,
 )
@@ -355,7 +356,7 @@ class Log:
     ) -> None:
         """Metrics, alarms and the responses of a step; step 0 has none."""
         thresholds = self._setting.thresholds
-        values = jax.device_get(values)
+        values = {n: v for n, v in jax.device_get(values).items() if not undefined(n, v)}
         if graded is not None:
             values |= monitor.metrics([*self._history, values], thresholds)
         self._metrics.scalars(step, values, seconds=seconds)

@@ -90,6 +90,7 @@ def test_a_reference_policy_that_moves_with_the_policy_gives_no_process_reward(t
         metrics = read_metrics(path / "metrics.jsonl")
         sizes[decay] = metrics[-1]["spro/msa_mean_absolute"]
         assert 0 <= metrics[-1]["spro/process_reward_auc_truth"] <= 1
+        assert "spro/process_reward_auc_verdicts" not in metrics[-1]  # nothing judges
     assert sizes[0.0] < 1e-4 * sizes[0.9]
     assert sizes[0.9] < sizes[None]
 
