@@ -185,7 +185,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, which, 
         checkpoints.save(3, state, {"step": 3})
         checkpoints.save(4, later, {"step": 4})
     file = files_that_matter(tmp_path / "4")[which]
-    assert which != "values" or file.stat().st_size > 2**14
+    assert which != "values" or file.stat().st_size > 2**12  # orbax may write several
     damage_file(file, damage)
 
     with Checkpoints(tmp_path) as checkpoints:
