@@ -354,7 +354,6 @@ def train_variants(setting: Setting) -> list[Contender]:
         _training(setting, "policy", "ours, float32, 4 parts", "ours", "float32", parts=4),
         _training(setting, "policy", "ours, float32, no remat", "ours", "float32", remat=False),
         _training(setting, "policy", "ours, bfloat16", "ours", "bfloat16"),
-        _training(setting, "policy", "ours, bfloat16, no remat", "ours", "bfloat16", remat=False),
     ]
 
 
