@@ -39,7 +39,7 @@ NEEDS_VERDICTS = ("selective", "global_step")
 def check_common(config: Config) -> None:
     """What every experiment needs: a task, a model, sizes. ConfigError names field and choices."""
     make_or_refuse("task", lambda: loading.load_task(config))
-    _model_exists("model", config.model)
+    model_exists("model", config.model)
     _choose("dtype", config.dtype, ("float32", "bfloat16"))
     _choose("attention", config.attention, ATTENTION)
     if config.decode.cache_dtype is not None:
@@ -52,14 +52,19 @@ def check_common(config: Config) -> None:
     _at_least(0, config, "seed")
 
 
-def check_mesh(config: Config, field: str, name: str, rows: int | None = None) -> None:
-    """`config.mesh` against the devices, the rows of a batch that are to be spread, and the shape
-    of a model. Shapes of hub ids are those of `configs/model_shapes.py`; of a model that is not
-    there either, when it is loaded, before its weights are."""
+def check_mesh(
+    config: Config, field: str, name: str, rows: int | None = None, made_of: str = ""
+) -> None:
+    """`config.mesh` against the devices, the rows of a batch that are to be spread (`made_of` says
+    which fields' product they are), and the shape of a model. Shapes of hub ids are those of
+    `configs/model_shapes.py`; of a model that is not there either, when it is loaded, before its
+    weights are."""
     mesh = configuration.make_mesh(config)
     if mesh is None:
         return
     of, shape = f"mesh and {field}={name!r}", _known_config(name)
+    if made_of:
+        of += f", batch of {made_of}"
     make_or_refuse(of, lambda: meshes.check_fits(mesh, batch=rows, config=shape))
 
 
@@ -77,7 +82,7 @@ def check_stage1(config: Config, *, on_mesh: bool = True) -> None:
     for section in ("generate", "verify"):
         _sampling(config, section)
         if config[section].model is not None:
-            _model_exists(f"{section}.model", config[section].model)
+            model_exists(f"{section}.model", config[section].model)
         if on_mesh:
             check_mesh(config, f"{section}.model", config[section].model or config.model)
 
@@ -110,7 +115,8 @@ def check_fine_tuning(config: Config, name: str) -> None:
     _optimizer(f"{name}.optimizer", section.optimizer, section.steps)
     _keeping(config, name)
     rows = section.batch_size // section.accumulation_steps
-    check_mesh(config, f"{name}.model", section.get("model") or config.model, rows)
+    made_of = f"{name}.batch_size / {name}.accumulation_steps"
+    check_mesh(config, f"{name}.model", section.get("model") or config.model, rows, made_of)
 
 
 def check_prm(config: Config) -> None:
@@ -119,7 +125,7 @@ def check_prm(config: Config) -> None:
     _choose("prm.kind", config.prm.kind, REWARD_KINDS)
     check_fine_tuning(config, "prm")
     if config.prm.model is not None:
-        _model_exists("prm.model", config.prm.model)
+        model_exists("prm.model", config.prm.model)
     check_evaluate(config)
 
 
@@ -163,7 +169,9 @@ def check_rl(config: Config) -> None:
     _optimizer("rl.optimizer", rl.optimizer, rl.steps)
     # Packed rows are as many as fit; what is scored before it is packed has the rows of a rollout.
     rows = rows * rl.minibatches if rl.pack else rows // rl.accumulation_steps
-    check_mesh(config, "model", config.model, rows)
+    parts = "" if rl.pack else " / rl.minibatches / rl.accumulation_steps"
+    made_of = f"rl.prompts_per_step * rl.group_size{parts}"
+    check_mesh(config, "model", config.model, rows, made_of)
     if rl.reward_model:
         check_mesh(config, "rl.reward_model", rl.reward_model)
     make_or_refuse("rl.objective", lambda: Objective(**configuration.objective_fields(config)))
@@ -182,7 +190,7 @@ def check_evaluate(config: Config) -> None:
             "evaluate.what='processbench' is about real text, of which task='arithmetic_chains' "
             "knows nothing; set task to the one whose prompts are to be shown, such as 'gsm8k'"
         )
-    _model_exists("evaluate.generator", evaluate.generator)
+    model_exists("evaluate.generator", evaluate.generator)
     check_mesh(config, "model", config.model)
     if evaluate.what == "reward_model":
         check_mesh(config, "evaluate.generator", evaluate.generator)
@@ -305,7 +313,7 @@ SHIPPED_MODELS = ("arithmetic_chains", loading.SMOLLM2)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def _model_exists(field: str, name: str) -> None:
+def model_exists(field: str, name: str) -> None:
     """Local models are looked for; whether a hub id exists is seen when it is loaded."""
     path = Path(name)
     if name in SHIPPED_MODELS or (path.suffix == ".gguf" and path.is_file()):

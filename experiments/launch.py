@@ -53,12 +53,16 @@ def main(
                 run(flag.value, path, on_progress)
         processes.finish()
         note_completion()
+        say(f"{path}: complete")
 
     def guarded(arguments: Sequence[str]) -> None:
         try:
             start(arguments)
         except (ConfigError, OtherRun, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
+        except preemption.Preempted:
+            say(f"{flag.value.run_dir}: stopped and saved; the same command goes on with it")
+            raise
         except Exception as error:
             if jax.process_count() == 1:
                 raise
@@ -69,6 +73,12 @@ def main(
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     app.run(guarded, argv=arguments)
+
+
+def say(text: str) -> None:
+    """A line on stderr, of process 0."""
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 COMPLETED = "SPARK_JAX_COMPLETED"

@@ -123,6 +123,8 @@ class Graded:
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """One RL run in the folder `path`; returns its summary. Progress is in rollouts."""
     checks.check_rl(config)
+    if config.rl.reward in REWARDS_THAT_JUDGE:  # of a pipeline it is made before this run begins
+        checks.model_exists("rl.reward_model", config.rl.reward_model)
     config = configuration.sub_config(config, "rl", "prm", "generate", "evaluate")
     loaded = loading.load_trainable(config, config.model)
     reference = _reference_policy(config, loaded.params, loaded.config)

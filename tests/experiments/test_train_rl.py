@@ -240,6 +240,9 @@ def test_groups_outside_the_filter_are_not_trained_on(tiny, tmp_path):
 def test_a_missing_reward_model_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"needs rl.reward_model.*train_prm"):
         run(tiny, tmp_path, {})
+    with pytest.raises(ConfigError, match=r"rl.reward_model='runs/a/model' is no checkpoint"):
+        run(tiny, tmp_path / "rl", {"rl.reward_model": "runs/a/model"})
+    assert not (tmp_path / "rl").exists()
 
 
 def test_problems_with_too_long_prompts_are_counted_and_not_trained_on(tiny, tmp_path):
