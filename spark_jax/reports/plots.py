@@ -124,7 +124,12 @@ def _draw_part(arms: Mapping[str, Any], path: Path) -> Path:
 
 def _draw_arms(arms: Mapping[str, Any], path: Path) -> Path:
     """A few arms: accuracy by step and by token, and what else they have of `STUDY_BY_STEP`."""
-    had = {metric for scores in arms.values() for metric in scores["curves"]}
+    had = {
+        metric
+        for scores in arms.values()
+        for metric, curve in scores["curves"].items()
+        if any(value is not None for one in curve["values"] for value in one)
+    }
     panels: list[Panel] = [
         partial(_by_step, arms=arms, metric="eval/accuracy", label="accuracy, held-out"),
         partial(_by_token, arms=arms),
