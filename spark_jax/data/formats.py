@@ -15,6 +15,9 @@ from spark_jax.data.records import ParseFailure, Problem, SamplingSettings, Veri
 RewardKind = Literal["orm", "prm", "prm_cot"]
 REWARD_KINDS: tuple[RewardKind, ...] = ("orm", "prm", "prm_cot")
 
+# Whether two final answers are the same; None, the lack of an answer, equals nothing.
+SameAnswer = Callable[[str | None, str | None], bool]
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
@@ -43,7 +46,7 @@ class TextFormat:
     solve_prompt: Callable[[Problem], str]
     split_steps: Callable[[str], list[tuple[int, int]]]
     final_answer: Callable[[str], str | None]
-    same_answer: Callable[[str | None, str | None], bool]
+    same_answer: SameAnswer
     verify_prompt: Callable[[Problem, str, str | None], str]
     critique_prompt: Callable[[Problem, str, str], str]
     merge_prompt: Callable[[Problem, str, str, str], str]

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from spark_jax.data.formats import Sample, TextFormat
+from spark_jax.data.formats import SameAnswer, Sample, TextFormat
 from spark_jax.data.records import Problem, Provenance, SamplingSettings
 from spark_jax.data.resumable import Chunk, OnProgress, continue_file, in_chunks, provenance
 from spark_jax.evaluation.grading import in_threads
@@ -51,9 +51,6 @@ class Answered(NamedTuple):
 class Graded(NamedTuple):
     correct: list[bool]  # of the k responses
     majority: bool  # whether the answer that most of them give is right
-
-
-SameAnswer = Callable[[str | None, str | None], bool]
 
 
 def sample_responses(

@@ -6,11 +6,12 @@ that is reported is the mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from spark_jax.data.formats import SameAnswer
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.rewards.outcome import majority_answer
 
@@ -39,7 +40,7 @@ def pass_at_k(correct: Bool[np.ndarray, "P n"], k: int) -> Float64[np.ndarray, "
 def maj_at_k(
     answers: Sequence[Sequence[str | None]],
     references: Sequence[str],
-    same_answer: Callable[[str | None, str | None], bool],
+    same_answer: SameAnswer,
 ) -> Float64[np.ndarray, "P"]:
     """1 where the majority of a problem's answers equals the reference, else 0.
 

@@ -6,11 +6,12 @@ the valid part of a response. `rule_based` is the only reward that reads a probl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32
 
+from spark_jax.data.formats import SameAnswer
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.rewards.format import valid_part
 from spark_jax.rewards.records import RewardInputs
@@ -49,9 +50,7 @@ def random(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
     return (draws & batch.format_ok).astype(np.float32)
 
 
-def majority_answer(
-    answers: Sequence[str | None], same_answer: Callable[[str | None, str | None], bool]
-) -> str | None:
+def majority_answer(answers: Sequence[str | None], same_answer: SameAnswer) -> str | None:
     """The answer given most often, as its first giver wrote it; None if nobody answered.
 
     Answers that are the same as the first of a class belong to that class. A tie goes to the class

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
-from spark_jax.data.formats import RewardKind, TextFormat
+from spark_jax.data.formats import RewardKind, SameAnswer, TextFormat
 from spark_jax.data.records import Problem
 from spark_jax.evaluation.grading import same_answer
 from spark_jax.prm.targets import canonical_target, parse_canonical_judgement
@@ -35,7 +35,6 @@ from spark_jax.verification.parse import parse_verification, verification_body
 logger = logging.getLogger(__name__)
 
 SplitSteps = Callable[[str], list[StepSpan]]
-SameAnswer = Callable[[str | None, str | None], bool]
 
 # Placeholders that each prompt file must hold. `num_steps` may stand wherever `solution` does, and
 # `response_format` in `solve`.

@@ -136,7 +136,11 @@ def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, tolerance):
 
 @pytest.mark.parametrize("how", [{}, {"slots": 4, "min_shared_prefix": 1}], ids=str)
 def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(prompts, how):
-    """Both layouts, rows that wait for lanes, lanes that take over prompts, a shared template."""
+    """Both layouts, rows that wait for lanes, lanes that take over prompts, a shared template.
+
+    At initialisation, not sharper: logits that grow with the weights multiply the rounding (1.5 ×
+    the weights: a gap of .19 in 127 levels, .002 in 32767).
+    """
     params = transformer.init(CONFIG, jax.random.key(0))
     prompts = [[5, 6, *prompt] for prompt in prompts]
     config = dataclasses.replace(CONFIG, cache_dtype="int8")
