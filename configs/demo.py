@@ -180,6 +180,8 @@ def get_config() -> ConfigDict:
             epochs=1,  # passes over a rollout
             accumulation_steps=1,
             pack=False,  # several responses to a row of an update, where lengths are spread
+            # Sample each rollout before the updates of the one before it, while that is graded.
+            one_step_off_policy=False,
             # Train on groups whose mean reward lies in [low, high] and whose rewards differ: (0, 1)
             # is DAPO's dynamic sampling, (0.2, 0.8) SPRO's filter. None trains on all.
             filter_low=placeholder(float),

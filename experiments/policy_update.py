@@ -146,8 +146,8 @@ def as_sampled(
 def made_in_step(config: Config) -> bool:
     """Whether the update itself makes the advantages, from the log-probs of its own forward pass.
 
-    It does where an advantage reads the policy's log-probs and the update sees the whole rollout,
-    once, with the policy that sampled it: a forward pass is saved.
+    It does where an advantage reads the policy's log-probs and there is one update, of the whole
+    rollout, which scores it with the policy as it is: a forward pass is saved.
     """
     rl = config.rl
     whole = rl.epochs == rl.minibatches == rl.accumulation_steps == 1 and not rl.pack

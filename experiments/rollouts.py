@@ -1,12 +1,12 @@
 """A step's rollout: sampled, judged by the reward model, rewarded, and compared with the truth for
-metrics alone."""
+metrics alone. Answers are graded on threads, while the devices do something else."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import configuration, evaluate
 from spark_jax.experiments.configuration import Config
+from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.rewards.prm import (
@@ -34,20 +35,38 @@ from spark_jax.steps import step_ids, token_offsets
 from spark_jax.text_generation import (
     SampledText,
     TextModel,
+    rollout_again,
     rollout_texts,
     sample_rollout,
     text_sampler,
 )
 
 
+class Sampled(NamedTuple):
+    """B responses, as arrays and as texts."""
+
+    rollout: decoding.Rollout
+    samples: list[SampledText]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A rollout of B responses, and what was made of it."""
+
+    problems: list[Problem]
+    rollout: decoding.Rollout
+    samples: list[SampledText]
+    judged: Judged
+    rewards: np.ndarray  # [B]
+
+
 def sample(
     config: Config, task: tasks.Task, policy: TextModel, problems: Sequence[Problem], step: int
-) -> tuple[decoding.Rollout, list[SampledText]]:
+) -> Sampled:
     """G responses to every G-th of the B problems (they stand there once per response)."""
-    different = problems[:: config.rl.group_size]
     rollout = sample_rollout(
         policy,
-        [task.text_format.solve_prompt(problem) for problem in different],
+        _prompts(config, task, problems),
         samples_per_prompt=config.rl.group_size,
         settings=SamplingSettings(
             temperature=config.rl.temperature, max_new_tokens=config.decode.max_new_tokens
@@ -55,7 +74,33 @@ def sample(
         key=jax.random.fold_in(jax.random.key(config.seed), step),
         options=configuration.decode_options(config),
     )
-    return rollout, rollout_texts(rollout, policy.tokenizer)
+    return Sampled(rollout, rollout_texts(rollout, policy.tokenizer))
+
+
+def sampled_before(
+    config: Config,
+    task: tasks.Task,
+    model_config: ModelConfig,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    samples: Mapping[str, Any],
+) -> Sampled:
+    """What `sample` gave, from the arrays that were saved of it (`decoding.samples_of`)."""
+    rollout = rollout_again(
+        model_config,
+        tokenizer,
+        _prompts(config, task, problems),
+        samples,
+        samples_per_prompt=config.rl.group_size,
+        max_new_tokens=config.decode.max_new_tokens,
+        options=configuration.decode_options(config),
+    )
+    return Sampled(rollout, rollout_texts(rollout, tokenizer))
+
+
+def _prompts(config: Config, task: tasks.Task, problems: Sequence[Problem]) -> list[str]:
+    different = problems[:: config.rl.group_size]
+    return [task.text_format.solve_prompt(problem) for problem in different]
 
 
 def judge_responses(
@@ -80,15 +125,16 @@ def judge_responses(
     )
 
 
-def rewards(
+def begin_rewards(
     config: Config,
     task: tasks.Task,
     problems: Sequence[Problem],
     samples: Sequence[SampledText],
     judged: Judged,
     step: int,
-) -> np.ndarray:
-    """r [B]. Only a reward that needs references is handed problems that still have them."""
+) -> Callable[[], np.ndarray]:
+    """Begins to make r [B]; what is returned waits for it. Only a reward that needs references is
+    handed problems that still have them."""
     if config.rl.reward not in REWARDS_THAT_NEED_REFERENCES:
         problems = [dataclasses.replace(problem, answer=None) for problem in problems]
     inputs = RewardInputs(
@@ -101,11 +147,12 @@ def rewards(
         seed=config.seed * 1_000_003 + step,
     )
     if config.rl.reward in REWARDS_THAT_GRADE:
-        return graded_together(config.rl.reward, inputs)
-    return REWARDS[config.rl.reward](inputs)
+        return _begin_grading(config.rl.reward, inputs)
+    rewards = REWARDS[config.rl.reward](inputs)
+    return lambda: rewards
 
 
-def graded_together(reward: str, inputs: RewardInputs) -> np.ndarray:
+def _begin_grading(reward: str, inputs: RewardInputs) -> Callable[[], np.ndarray]:
     """A reward whose rows depend on their own group alone, every process grading its share."""
 
     def grade(groups: Sequence[int]) -> list[Any]:
@@ -117,8 +164,8 @@ def graded_together(reward: str, inputs: RewardInputs) -> np.ndarray:
         part = {name: getattr(inputs, name)[rows] for name in names}
         return np.split(REWARDS[reward](dataclasses.replace(inputs, **part)), len(groups))
 
-    groups = range(len(inputs.responses) // inputs.group_size)
-    return np.concatenate(processes.share(groups, grade))
+    graded = processes.begin_share(range(len(inputs.responses) // inputs.group_size), grade)
+    return lambda: np.concatenate(graded())
 
 
 def step_truth(
@@ -146,18 +193,18 @@ def token_step_ids(
     return step_ids(spans, offsets, num_tokens)
 
 
-def truths(
+def begin_truths(
     task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
-) -> list[bool | None]:
-    """Whether each answer is right, None without a reference: what the run may look at but never
-    learn from."""
+) -> Callable[[], list[bool | None]]:
+    """Begins to find whether each answer is right, None without a reference: what the run may look
+    at but never learn from. What is returned waits for it."""
 
     def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
         texts = [sample.text for _, sample in rows]
         is_right = partial(evaluate.is_right, task)
         return in_threads(is_right, [problem for problem, _ in rows], texts)
 
-    return processes.share(list(zip(problems, samples, strict=True)), grade)
+    return processes.begin_share(list(zip(problems, samples, strict=True)), grade)
 
 
 def truth_metrics(right: Sequence[bool | None], judged: Judged) -> dict[str, float]:

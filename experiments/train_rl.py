@@ -14,17 +14,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from spark_jax import decoding
 from spark_jax.advantages import (
     AdvantageInputs,
 )
@@ -38,6 +35,7 @@ from spark_jax.experiments import (
     launch,
     loading,
     recording,
+    rl_state,
     rollouts,
 )
 from spark_jax.experiments.configuration import Config, ConfigError
@@ -54,28 +52,27 @@ from spark_jax.experiments.policy_update import (
     needs_reference_policy,
     packed,
     score_rollout,
-    undefined,
     update_metrics,
     update_settings,
 )
 from spark_jax.experiments.progress import OnProgress
+from spark_jax.experiments.rl_log import Log, Stopwatch, evaluation_metrics
+from spark_jax.experiments.rl_state import RLState
+from spark_jax.experiments.rollouts import Graded, Sampled
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
-from spark_jax.rewards import monitor
 from spark_jax.rewards.prm import (
     REWARDS_THAT_JUDGE,
-    Judged,
 )
 from spark_jax.text_generation import (
-    SampledText,
     TextModel,
     encode,
     longest_prompt,
 )
 from spark_jax.training import spread, state
 from spark_jax.training.checkpointing import Checkpoints
-from spark_jax.training.metrics import MetricsWriter, read_metrics
+from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.policy import PolicyBatch
 from spark_jax.training.preemption import Preempted, Watch
 from spark_jax.training.run_folder import RunFolder
@@ -96,7 +93,6 @@ class Setting:
     problems: list[Problem]
     too_long: int  # problems that are left out
     order: BatchOrder  # which problems each step is about
-    thresholds: monitor.Thresholds
 
     def policy(self, params: Any) -> TextModel:
         return loading.text_model(*self.model._replace(params=params), name="policy")
@@ -106,17 +102,19 @@ class Setting:
         chosen = self.order[step - 1]
         return [self.problems[i] for i in chosen for _ in range(self.config.rl.group_size)]
 
+    def sample(self, params: Any, step: int, stopwatch: Stopwatch) -> Sampled:
+        """A step's rollout."""
+        problems = self.problems_of(step)
+        sampled = rollouts.sample(self.config, self.task, self.policy(params), problems, step)
+        stopwatch.lap("rollout", tokens=sum(len(s.token_ids) for s in sampled.samples))
+        return sampled
 
-@dataclasses.dataclass(frozen=True)
-class Graded:
-    """A rollout of B responses, and what was made of them."""
-
-    problems: list[Problem]
-    rollout: decoding.Rollout
-    logprobs: Logprobs
-    samples: list[SampledText]
-    judged: Judged
-    rewards: np.ndarray  # [B]
+    def sampled_before(self, step: int, samples: Mapping[str, Any]) -> Sampled:
+        """What `sample` gave, from the arrays that were saved of it."""
+        problems, tokenizer = self.problems_of(step), self.model.tokenizer
+        return rollouts.sampled_before(
+            self.config, self.task, self.model.config, tokenizer, problems, samples
+        )
 
 
 @configuration.on_mesh
@@ -135,8 +133,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     initial = loaded.params
     if reference is initial:  # the updates take over the memory of what they start from
         initial = jax.tree.map(jnp.copy, initial)
-    train = spread.new_state(initial, make_optimizer(config), _key(config), loaded.config)
-    del loaded, initial
+    key = jax.random.key(config.seed)
+    train = spread.new_state(initial, make_optimizer(config), key, loaded.config)
+    at = RLState(train, reference)
+    del loaded, initial, train, reference
 
     keep = {"keep": config.rl.keep_checkpoints, "keep_every": config.rl.keep_every}
     with (
@@ -144,36 +144,36 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         Checkpoints(folder.checkpoints, **keep) as saved,
         MetricsWriter(path) as metrics,
     ):
-        train, reference, done = restore(setting, saved, train, reference)
-        log = Log(setting, metrics, done)
+        restored = rl_state.restore(config, folder, saved, at, setting.sampled_before)
+        at = restored or at
+        log = Log(config, folder, metrics, None if restored is None else at.done)
         scores: dict[str, Any] = {}
-        if done in (None, config.rl.steps):  # else the last step evaluates
-            scores = evaluate.policy_scores(config, setting.task, setting.policy(train.params))
-        if done is None:
+        if restored is None or at.done == config.rl.steps:  # else the last step evaluates
+            policy = setting.policy(at.train.params)
+            scores = evaluate.policy_scores(config, setting.task, policy)
+        if restored is None:
             log.write(0, evaluation_metrics(scores))
         if on_progress:
-            on_progress(done or 0, config.rl.steps)
+            on_progress(at.done, config.rl.steps)
 
-        for step in range((done or 0) + 1, config.rl.steps + 1):
-            at = position(config, folder, step - 1)
-            watch.hold(partial(saved.ensure, step - 1, to_save(config, train, reference), at))
-            train, reference, found = take_step(setting, train, reference, step, log, watch)
+        while at.done < config.rl.steps:
+            watch.hold(partial(rl_state.ensure, config, folder, saved, at))
+            at, found = take_step(setting, at, log, watch)
             scores = found or scores
-            last, stop = step == config.rl.steps, watch.asked()
-            if step % config.rl.save_every == 0 or last or stop:
-                at = position(config, folder, step)
-                saved.save(step, to_save(config, train, reference), at)
+            last, stop = at.done == config.rl.steps, watch.asked()
+            if at.done % config.rl.save_every == 0 or last or stop:
+                rl_state.save(config, folder, saved, at)
             if on_progress:
-                on_progress(step, config.rl.steps)
+                on_progress(at.done, config.rl.steps)
             if stop:
                 saved.wait()
                 raise Preempted(0)
 
-    loading.save_model(path / "model", setting.model._replace(params=train.params))
+    loading.save_model(path / "model", setting.model._replace(params=at.train.params))
     summary = {
         "evaluation": scores,
         "data": setting.task.data_counts("train") | {"too_long": setting.too_long},
-        "skipped_updates": int(train.skipped),
+        "skipped_updates": int(at.train.skipped),
         "alarms": [dataclasses.asdict(alarm) for alarm in log.alarms()],
     }
     folder.write_summary(summary)
@@ -183,18 +183,14 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
 
 
 def take_step(
-    setting: Setting,
-    train: state.TrainState,
-    reference: Any,
-    step: int,
-    log: Log,
-    watch: Watch,
-) -> tuple[state.TrainState, Any, dict[str, Any] | None]:
-    """Rollout, rewards, advantages, updates; the new state and reference policy, and the scores of
-    a step that evaluates. The updates take over the memory of `train`."""
-    config, stopwatch = setting.config, Stopwatch()
-    graded = collect(setting, train.params, reference, step, stopwatch)
-    inputs = inputs_of(setting, graded)
+    setting: Setting, at: RLState, log: Log, watch: Watch
+) -> tuple[RLState, dict[str, Any] | None]:
+    """Rollout, rewards, advantages, updates; the state after them, and the scores of a step that
+    evaluates. The updates take over the memory of the train state."""
+    config, stopwatch, step = setting.config, Stopwatch(), at.done + 1
+    train, reference = at.train, at.reference
+    graded, logprobs, truths, ahead = collect(setting, at, stopwatch)
+    inputs = inputs_of(setting, graded, logprobs)
     unmoved = int(train.step) == 0 and not config.rl.reference_model
     batch, values = make_batch(config, graded.rollout, inputs, unmoved)
     if kept := recording.is_recorded(config, step):
@@ -205,8 +201,7 @@ def take_step(
     train, updates = update_policy(setting, train, batch)
     if config.rl.reference_decay is not None:
         reference = moved(reference, train.params, config.rl.reference_decay)
-    # Graded while the devices still work on the updates, for which nothing has waited yet.
-    correct = rollouts.truths(setting.task, graded.problems, graded.samples)
+    correct = truths()  # while the devices work on the updates, for which nothing has waited yet
     values |= update_metrics(updates) | graded.judged.metrics
     values |= rollouts.truth_metrics(correct, graded.judged)
     stopwatch.lap("update")
@@ -218,7 +213,34 @@ def take_step(
         values |= evaluation_metrics(scores)
         stopwatch.lap("evaluate")
     log.write(step, values, stopwatch.laps, graded)
-    return train, reference, scores
+    return RLState(train, reference, step, ahead), scores
+
+
+def collect(
+    setting: Setting, at: RLState, stopwatch: Stopwatch
+) -> tuple[Graded, Logprobs, Callable[[], list[bool | None]], Sampled | None]:
+    """A step's rollout, judged and rewarded; its log-probs, which the devices work on; what gives
+    the truth about it, which graders work on; and the next rollout.
+
+    That one is None, to be sampled from the policy that this step's updates make, unless
+    `rl.one_step_off_policy` has it sampled before them, while this one is graded.
+    """
+    config, step = setting.config, at.done + 1
+    problems = setting.problems_of(step)
+    rollout, samples = at.pending or setting.sample(at.train.params, step, stopwatch)
+    logprobs = score_rollout(config, setting.model.config, at.train.params, at.reference, rollout)
+    truths = rollouts.begin_truths(setting.task, problems, samples)
+    judged = rollouts.judge_responses(
+        config, setting.judged_task, setting.reward_model, problems, samples, step
+    )
+    rewards = rollouts.begin_rewards(config, setting.task, problems, samples, judged, step)
+    stopwatch.lap("rewards")
+    ahead = None
+    if config.rl.one_step_off_policy and step < config.rl.steps:
+        ahead = setting.sample(at.train.params, step + 1, stopwatch)
+    graded = Graded(problems, rollout, samples, judged, rewards())
+    stopwatch.lap("grading")
+    return graded, logprobs, truths, ahead
 
 
 def make_setting(config: Config, folder: RunFolder, loaded: loading.Loaded) -> Setting:
@@ -237,48 +259,16 @@ def make_setting(config: Config, folder: RunFolder, loaded: loading.Loaded) -> S
         problems=problems,
         too_long=too_long,
         order=batch_order(len(problems), config.rl.prompts_per_step, config.seed),
-        thresholds=monitor.Thresholds(**config.rl.monitor),
     )
 
 
-def restore(
-    setting: Setting, saved: Checkpoints, train: state.TrainState, reference: Any
-) -> tuple[state.TrainState, Any, int | None]:
-    """State, reference policy and number of rollouts of the last checkpoint; None without one."""
-    restored = saved.restore_latest(to_save(setting.config, train, reference))
-    if restored is None:
-        return train, reference, None
-    kept, extra = restored
-    setting.folder.check_identity(extra)
-    return *from_saved(setting.config, kept, reference), extra["rollouts"]
-
-
-def collect(
-    setting: Setting, params: Any, reference: Any, step: int, stopwatch: Stopwatch
-) -> Graded:
-    """A step's rollout, judged and rewarded."""
-    config, problems = setting.config, setting.problems_of(step)
-    rollout, samples = rollouts.sample(config, setting.task, setting.policy(params), problems, step)
-    stopwatch.lap("rollout", tokens=sum(len(sample.token_ids) for sample in samples))
-    # The devices score the rollout while its responses are graded.
-    logprobs = score_rollout(config, setting.model.config, params, reference, rollout)
-    judged = rollouts.judge_responses(
-        config, setting.judged_task, setting.reward_model, problems, samples, step
-    )
-    rewards = rollouts.rewards(config, setting.task, problems, samples, judged, step)
-    stopwatch.lap("rewards")
-    return Graded(problems, rollout, logprobs, samples, judged, rewards)
-
-
-def inputs_of(setting: Setting, graded: Graded) -> AdvantageInputs:
+def inputs_of(setting: Setting, graded: Graded, logprobs: Logprobs) -> AdvantageInputs:
     """What the rollout's advantages are made of; for process rewards, with the truth to compare."""
     config, rollout = setting.config, graded.rollout
     steps = rollouts.token_step_ids(
         setting.task, setting.model.tokenizer, graded.samples, rollout.tokens.shape[1]
     )
-    inputs = advantage_inputs(
-        config, rollout, graded.logprobs, graded.rewards, graded.judged, steps
-    )
+    inputs = advantage_inputs(config, rollout, logprobs, graded.rewards, graded.judged, steps)
     if config.rl.advantage not in NEEDS_PROCESS_REWARDS:
         return inputs
     known = rollouts.step_truth(setting.task, graded.problems, graded.samples)
@@ -323,110 +313,6 @@ def record(
         asked=setting.judged_task.text_format,
         usual_steps=usual_steps,
     )
-
-
-class Stopwatch:
-    """Seconds of each part of a step, from one lap to the next, and tokens per second."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def lap(self, name: str, tokens: int | None = None) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._since
-        if tokens is not None:
-            self.laps[f"{name}_tokens_per_second"] = tokens / max(self.laps[name], 1e-9)
-        self._since = now
-
-
-class Log:
-    """What a run writes down of every step, and what the monitor makes of it."""
-
-    def __init__(self, setting: Setting, metrics: MetricsWriter, done: int | None) -> None:
-        """Goes on after `done` steps: what was written of later ones is dropped."""
-        self._setting, self._metrics = setting, metrics
-        metrics.truncate_after(-1 if done is None else done)
-        self._history = read_metrics(metrics.path) if processes.is_main() else []
-
-    def write(
-        self,
-        step: int,
-        values: dict[str, Any],
-        seconds: Mapping[str, float] | None = None,
-        graded: Graded | None = None,
-    ) -> None:
-        """Metrics, alarms and the responses of a step; step 0 has none."""
-        thresholds = self._setting.thresholds
-        values = {n: v for n, v in jax.device_get(values).items() if not undefined(n, v)}
-        if graded is not None:
-            values |= monitor.metrics([*self._history, values], thresholds)
-        self._metrics.scalars(step, values, seconds=seconds)
-        self._history.append({"step": step, **values})
-        if graded is None:
-            return
-        for alarm in monitor.raised(self._history, thresholds):
-            logger.warning("%s: %s", self._setting.folder.path, alarm)
-        if processes.is_main():
-            _write_samples(self._setting.folder.samples / f"step_{step:06d}.jsonl", graded)
-            self._show(step, graded)
-
-    def usual_steps(self, values: dict[str, Any]) -> float | None:
-        """Steps per response at the start of the run, `values` being those of a step to come."""
-        return monitor.usual_steps([*self._history, values], self._setting.thresholds)
-
-    def alarms(self) -> list[monitor.Alarm]:
-        return monitor.alarms(self._history, self._setting.thresholds)
-
-    def _show(self, step: int, graded: Graded) -> None:
-        """Histograms, and the first problem's responses, in TensorBoard."""
-        rollout = graded.rollout
-        self._metrics.histogram(step, "reward", graded.rewards)
-        self._metrics.histogram(step, "response/length", rollout.mask.sum(axis=1))
-        self._metrics.histogram(step, "response/logprob", rollout.logprobs[rollout.mask])
-        self._metrics.histogram(step, "response/steps", graded.judged.num_steps)
-        if step % self._setting.config.rl.evaluate_every == 0:
-            self._metrics.text(step, "responses", _as_markdown(graded))
-
-
-def _as_markdown(graded: Graded) -> str:
-    """The first problem, two of its responses, and what the reward model said of them."""
-    parts = [f"**{graded.problems[0].question}**"]
-    for sample, reward, judgement in zip(
-        graded.samples[:2], graded.rewards, graded.judged.judgements, strict=False
-    ):
-        parts += [f"reward {reward:g}", _indented(sample.text)]
-        if judgement.called:
-            parts += ["the reward model:", _indented(judgement.text)]
-    return "\n\n".join(parts)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def position(config: Config, folder: RunFolder, done: int) -> dict[str, Any]:
-    """What a checkpoint notes beside the state: which run it is of, and where that run stands.
-
-    The rollout that is pending is drawn from a seed and its own number alone, and the problems it
-    is drawn for are the batch of that number: these are all there is to know of it.
-    """
-    return folder.identity | {
-        "rollouts": done,
-        "pending_rollout": {"seed": config.seed, "step": done + 1, "batch": done},
-    }
-
-
-def to_save(config: Config, train: state.TrainState, reference: Any) -> Any:
-    """What a checkpoint holds: the train state, and the reference policy where it moves."""
-    moves = config.rl.reference_decay is not None
-    return {"train": train, "reference": reference} if moves else train
-
-
-def from_saved(config: Config, saved: Any, reference: Any) -> tuple[state.TrainState, Any]:
-    """The train state and the reference policy of a checkpoint."""
-    moves = config.rl.reference_decay is not None
-    return (saved["train"], saved["reference"]) if moves else (saved, reference)
 
 
 def without_too_long(
@@ -484,31 +370,6 @@ def _reference_policy(config: Config, initial: Any, model_config: ModelConfig) -
                 f"policy {needed}; a reference policy must be of the policy's shape"
             )
     return other.params
-
-
-def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
-    """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
-    sides = {"": "estimate", "_low": "low", "_high": "high"}
-    accuracy = {f"eval/accuracy{end}": scores["accuracy"][side] for end, side in sides.items()}
-    return {name: value for name, value in accuracy.items() if value is not None} | {
-        "eval/response_length": scores["response_length"],
-        "eval/format_kept": scores["format_kept"],
-        "eval/steps": scores["steps"],
-    }
-
-
-def _key(config: Config) -> jax.Array:
-    return jax.random.key(config.seed)
-
-
-def _write_samples(path: Path, graded: Graded) -> None:
-    """The responses of a rollout with their rewards, one JSON line each."""
-    with path.open("w") as file:
-        for problem, sample, reward in zip(
-            graded.problems, graded.samples, graded.rewards, strict=True
-        ):
-            row = {"problem": problem.id, "response": sample.text, "reward": float(reward)}
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

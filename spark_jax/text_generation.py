@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,9 +118,7 @@ def sample_rollout(
       ValueError: what `decoding.generate` refuses, with the prompt's index.
     """
     sizes = dataclasses.asdict(options or DecodeOptions())
-    limit = longest_prompt(model.config, settings.max_new_tokens, options)
-    if sizes["max_prompt_length"] is not None and limit > 0:
-        sizes["max_prompt_length"] = limit
+    sizes["max_prompt_length"] = _padded_length(model.config, settings.max_new_tokens, options)
     return decoding.generate(
         model.params,
         model.config,
@@ -138,6 +136,31 @@ def sample_rollout(
         max_new_tokens=settings.max_new_tokens,
         **sizes,
     )
+
+
+def rollout_again(
+    config: ModelConfig,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    samples: Mapping[str, Any],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    options: DecodeOptions | None = None,
+) -> decoding.Rollout:
+    """What `sample_rollout` gave, from its saved samples (`decoding.samples_of`), bit for bit."""
+    length = _padded_length(config, max_new_tokens, options)
+    ids = encode(tokenizer, prompts)
+    return decoding.rollout_of(samples, ids, samples_per_prompt, length)
+
+
+def _padded_length(
+    config: ModelConfig, max_new_tokens: int, options: DecodeOptions | None
+) -> int | None:
+    """The prompt length that is asked for, cut to what the model has positions for."""
+    given = options.max_prompt_length if options else None
+    limit = longest_prompt(config, max_new_tokens, options)
+    return limit if given is not None and limit > 0 else given
 
 
 def rollout_texts(rollout: decoding.Rollout, tokenizer: Any) -> list[SampledText]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,8 @@ PREFIX_GRAIN = 32  # tokens
 # Waiting prompts are prefilled as soon as so many tokens of them fit the free lanes: from there on
 # arithmetic limits a prefill, not the reading of the weights, and slots that wait are waste.
 PREFILL_TOKENS = 256
+
+_OF_PROMPTS = ("prompt_tokens", "prompt_mask", "group_size")
 
 
 def generate(
@@ -86,9 +88,52 @@ def generate(
         min_shared_prefix=min_shared_prefix,
     )
     out = decoder.decode(params, work.requests, key, config=config, shape=work.shape)
-    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    left_padded = _left_padded(prompts, max_prompt_length or ladder(int(lengths.max())))
-    return _rollout(out, left_padded, lengths, work, samples_per_prompt)
+    samples = _samples(out, len(prompts) * samples_per_prompt, work)
+    return rollout_of(samples, prompts, samples_per_prompt, max_prompt_length)
+
+
+def samples_of(rollout: Rollout) -> dict[str, Any]:
+    """The arrays of a rollout but those of its prompts: what there is to save of it. Their shapes
+    are known before it is sampled (`no_samples`)."""
+    names = [field.name for field in dataclasses.fields(Rollout)]
+    return {name: getattr(rollout, name) for name in names if name not in _OF_PROMPTS}
+
+
+def no_samples(rows: int, max_new_tokens: int) -> dict[str, np.ndarray]:
+    """`samples_of` a rollout of so many rows that has not a token."""
+    tokens, scalar = (rows, max_new_tokens), ()
+    return dict(
+        tokens=np.zeros(tokens, np.int32),
+        mask=np.zeros(tokens, bool),
+        logprobs=np.zeros(tokens, np.float32),
+        sampling_logprobs=np.zeros(tokens, np.float32),
+        finished=np.zeros(rows, bool),
+        decode_steps=np.zeros(scalar, np.int32),
+        slot_occupancy=np.zeros(scalar, np.float32),
+        queue_occupancy=np.zeros(scalar, np.float32),
+        shared_prefix=np.zeros(scalar, np.int32),
+    )
+
+
+def rollout_of(
+    samples: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    samples_per_prompt: int,
+    max_prompt_length: int | None = None,
+) -> Rollout:
+    """A rollout from what `samples_of` keeps and its prompts; the arguments are `generate`'s."""
+    length = max_prompt_length or ladder(max(map(len, prompts)))
+    tokens, mask = (
+        np.zeros((len(prompts), length), np.int32),
+        np.zeros((len(prompts), length), bool),
+    )
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    rollout = Rollout(tokens, mask, **samples, group_size=samples_per_prompt)
+    if mesh_in_scope() is not None:
+        return rollout  # every process has all of it: the next program spreads what it takes
+    return jax.device_put(rollout)  # unlike jnp.asarray, compiles nothing
 
 
 class Work(NamedTuple):
@@ -257,22 +302,14 @@ def _spread(params: transformer.Params, config: ModelConfig) -> transformer.Para
     return jax.tree.map(one, params, transformer.logical_axes(config))
 
 
-def _rollout(
-    out: decoder.Outputs,
-    left_padded: np.ndarray,
-    lengths: np.ndarray,
-    work: Work,
-    samples_per_prompt: int,
-) -> Rollout:
+def _samples(out: decoder.Outputs, rows: int, work: Work) -> dict[str, Any]:
     """Cuts the padding off on the host: sliced on the device, every size would compile anew."""
-    rows, limit, shape = len(left_padded) * samples_per_prompt, work.limit, work.shape
+    limit, shape = work.limit, work.shape
     out = jax.device_get(out)
     counts = out.counts[:rows]
     queued = int(out.queued_steps) * shape.lanes * shape.width
     slot_steps = max(int(out.steps) * shape.lanes * shape.width, 1)
-    rollout = Rollout(
-        prompt_tokens=left_padded,
-        prompt_mask=np.arange(-left_padded.shape[1], 0) >= -lengths[:, None],
+    return dict(
         tokens=out.tokens[:rows, :limit],
         mask=np.arange(limit) < counts[:, None],
         logprobs=out.logprobs[:rows, :limit],
@@ -282,24 +319,13 @@ def _rollout(
         slot_occupancy=np.float32(counts.sum() / slot_steps),
         queue_occupancy=np.float32(out.queued_tokens / queued if queued else 1.0),
         shared_prefix=np.int32(work.prefix),
-        group_size=samples_per_prompt,
     )
-    if mesh_in_scope() is not None:
-        return rollout  # every process has all of it: the next program spreads what it takes
-    return jax.device_put(rollout)  # unlike jnp.asarray, compiles nothing
 
 
 def _right_padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
     tokens = np.zeros((rows, length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
-    return tokens
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    tokens = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
     return tokens
 
 

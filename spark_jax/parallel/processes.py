@@ -13,6 +13,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -138,6 +139,17 @@ def any_of(flag: bool) -> bool:
 def share(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
     """`work(rows)`, a result a row, each process doing an equal run of the rows."""
     return [result for part in on_own(lambda: list(work(own_part(rows)))) for result in part]
+
+
+def begin_share(
+    rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]
+) -> Callable[[], list[Any]]:
+    """`share`, begun: the work is done on a thread of its own, and may not run programs on the
+    devices. What is returned waits for the results; all processes call it, in the same order."""
+    thread = ThreadPoolExecutor(1, "share")
+    own = thread.submit(lambda: list(work(own_part(rows))))
+    thread.shutdown(wait=False)
+    return lambda: [result for part in on_own(own.result) for result in part]
 
 
 def own_part(rows: Sequence[T]) -> Sequence[T]:

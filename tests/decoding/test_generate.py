@@ -363,3 +363,16 @@ def test_bfloat16_decodes_long_shared_prompts():
     )
     assert len({tuple(r) for r in responses(rollout)[:8]}) > 1
     assert np.all(np.asarray(rollout.logprobs)[np.asarray(rollout.mask)] < 0)
+
+
+def test_a_rollout_is_made_again_from_its_samples(params, prompts):
+    rollout = generate(params, prompts, samples_per_prompt=2)
+    samples = decoding.samples_of(rollout)
+    again = decoding.rollout_of(samples, prompts, 2)
+    assert jax.tree.structure(again) == jax.tree.structure(rollout)
+    for made, first in zip(jax.tree.leaves(again), jax.tree.leaves(rollout), strict=True):
+        np.testing.assert_array_equal(made, first)
+    empty = decoding.no_samples(*rollout.tokens.shape)
+    for name, array in samples.items():
+        assert (empty[name].shape, empty[name].dtype) == (array.shape, array.dtype), name
+    assert empty.keys() == samples.keys()

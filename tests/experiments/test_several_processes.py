@@ -118,7 +118,9 @@ def test_benchmarks_equal_one_process(cache, model, tmp_path):
 
 @pytest.fixture(scope="module")
 def long(model):
-    return RL | model | {"mesh.data": 2, "rl.steps": 10, "rl.evaluate_every": 5}
+    """Its checkpoints hold a rollout too."""
+    changes = {"mesh.data": 2, "rl.steps": 10, "rl.evaluate_every": 5}
+    return RL | model | changes | {"rl.one_step_off_policy": True}
 
 
 @pytest.fixture(scope="module")

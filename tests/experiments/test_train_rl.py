@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weig
 
 from spark_jax.advantages import ADVANTAGES
 from spark_jax.data import tasks
-from spark_jax.experiments import configuration, loading, rollouts, train_rl
+from spark_jax.experiments import configuration, evaluate, loading, rollouts, train_rl
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import transformer
 from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
@@ -209,11 +211,15 @@ def test_references_are_out_of_reach(tiny, reward_models, tmp_path, monkeypatch,
     assert truth[0] != truth[1]  # the corruption did reach what looks at references
 
 
-@pytest.mark.parametrize(("calls", "decay"), [(1, None), (3, None), (3, 0.5)])
-def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls, decay):
+@pytest.mark.parametrize(
+    ("calls", "decay", "ahead"),
+    [(1, None, False), (3, None, False), (3, 0.5, False), (3, None, True), (4, 0.5, True)],
+)
+def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls, decay, ahead):
     """Killed before the first checkpoint, and between two; started again in the same folder."""
     changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4}
     changes |= {"rl.save_every": 2, "rl.evaluate_every": 2, "rl.reference_decay": decay}
+    changes |= {"rl.one_step_off_policy": ahead}
     config = configuration.changed(tiny, changes)
     train_rl.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
@@ -221,6 +227,51 @@ def test_resumed_run_equals_uninterrupted(tiny, tmp_path, calls, decay):
     train_rl.run(config, tmp_path / "broken")
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "whole")
+
+
+def samples(path, step):
+    rows = (path / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    return [json.loads(row)["response"] for row in rows]
+
+
+def test_one_step_off_policy_samples_before_the_updates_and_corrects_for_it(tiny, tmp_path):
+    common = {"rl.reward": "rule_based", "rl.steps": 3, "rl.optimizer.learning_rate": 0.02}
+    ahead = {"rl.one_step_off_policy": True}
+    still = {"rl.optimizer.learning_rate": 0.0}
+    for name, changes in (("on", {}), ("off", ahead), ("still", still)):
+        run(tiny, tmp_path / name, common | changes)
+    on, off, still = (tmp_path / name for name in ("on", "off", "still"))
+    assert samples(on, 1) == samples(off, 1) == samples(still, 1)
+    # The second rollout is of the policy that the first one is of, the third is not.
+    assert samples(off, 2) == samples(still, 2) != samples(on, 2)
+    assert samples(off, 3) != samples(still, 3)
+    # Importance ratios are those to the policy that sampled.
+    gaps = [[row["policy/logprob_gap_max"] for row in metric_rows(path)[1:]] for path in (on, off)]
+    assert max(*gaps[0], gaps[1][0]) < 1e-4
+    assert min(gaps[1][1:]) > 0.01
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_one_step_off_policy_grades_while_it_samples(tiny, tmp_path, monkeypatch, ahead):
+    """Graders that wait for the second rollout get it; on policy they wait in vain."""
+    second_sampled, came = threading.Event(), []
+    grade, reward, sample = evaluate.is_right, REWARDS["rule_based"], rollouts.sample
+
+    def after_the_second(work, *args):
+        came.append(second_sampled.wait(60 if ahead else 0.1))
+        return work(*args)
+
+    def noted(config, task, policy, problems, step):
+        made = sample(config, task, policy, problems, step)
+        if step == 2:
+            second_sampled.set()
+        return made
+
+    monkeypatch.setattr(evaluate, "is_right", partial(after_the_second, grade))
+    monkeypatch.setitem(REWARDS, "rule_based", partial(after_the_second, reward))
+    monkeypatch.setattr(rollouts, "sample", noted)
+    run(tiny, tmp_path, {"rl.reward": "rule_based", "rl.one_step_off_policy": ahead})
+    assert all(came) == ahead
 
 
 def test_same_seed_same_run_and_another_seed_another(tiny, tmp_path):
