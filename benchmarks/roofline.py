@@ -70,6 +70,16 @@ def head(model: Mapping[str, Any], dtype: str, rows: int, passes: int) -> Cost:
     return Cost(2.0 * passes * rows * vocabulary, _itemsize(dtype) * vocabulary, dtype)
 
 
+def decode_attention(
+    model: Mapping[str, Any], dtype: str, tokens: int, pairs: int, calls: int
+) -> Cost:
+    """One layer's queries against that many cached tokens, read once; `pairs` of a slot and a token
+    that it sees."""
+    cache = 2 * model["num_key_value_heads"] * model["head_dim"] * _itemsize(dtype)
+    flops = _attention(model, pairs) / model["num_hidden_layers"]
+    return Cost(calls * flops, calls * tokens * cache, dtype)
+
+
 def _parameters(model: Mapping[str, Any]) -> tuple[int, int]:
     """Weights of matrix products: in the layers, and against the vocabulary."""
     width, heads = model["hidden_size"], model["num_attention_heads"]

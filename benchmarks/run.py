@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jobs, targets
+from . import sizes, targets
 from .jobs import BENCHMARKS, LONG, TRAINING, Setting
 from .measure import Timing, compare, markdown
 from .peers import FOLDER, PEERS, Missing, Programs
@@ -127,15 +127,15 @@ class _Report:
         (self.folder / "benchmarks.md").write_text(self.text)
 
 
-def _sizes(options: argparse.Namespace) -> list[tuple[str, jobs.Size]]:
+def _sizes(options: argparse.Namespace) -> list[tuple[str, sizes.Size]]:
     if options.quick:
-        return [("", jobs.QUICK)]
+        return [("", sizes.QUICK)]
     if options.platform == "cpu":
-        return [("", jobs.CPU)]
-    return [("1.5B ", jobs.ACCELERATOR), ("7B ", jobs.QWEN_7B)]
+        return [("", sizes.CPU)]
+    return [("1.5B ", sizes.ACCELERATOR), ("7B ", sizes.QWEN_7B)]
 
 
-def _weights(options: argparse.Namespace, size: jobs.Size) -> Path | None:
+def _weights(options: argparse.Namespace, size: sizes.Size) -> Path | None:
     """One random checkpoint for all; on accelerators, where it would be large, each draws its
     own."""
     if options.platform != "cpu":

@@ -1,8 +1,9 @@
 """Attention of decoding: one query per slot, against its lane's shared prompt and its own tokens.
 
-The reference ("xla") holds the scores of all slots; "pallas_tpu" streams keys and values through
-VMEM once and holds none (docs/performance.md says what that saves). Both read the decoder's cache
-as it lies (`models.cache`): that of all layers, of which they take one.
+The reference ("xla") holds the scores of all slots; "pallas_tpu" and "pallas_gpu" stream keys and
+values once and hold none (docs/performance.md says what that saves on TPU; on a GPU it has not been
+measured). All read the decoder's cache as it lies (`models.cache`): that of all layers, of which
+they take one.
 """
 
 from __future__ import annotations
@@ -100,4 +101,14 @@ def _pallas_tpu(*arguments: Array) -> Attended:
     return prefix_decode_attention_tpu.prefix_decode_attention(*arguments)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Attended]] = {"xla": _xla, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(*arguments: Array) -> Attended:
+    from spark_jax.kernels import prefix_decode_attention_gpu
+
+    return prefix_decode_attention_gpu.prefix_decode_attention(*arguments)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Attended]] = {
+    "xla": _xla,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}

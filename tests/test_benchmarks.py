@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import jobs, roofline, targets
+from benchmarks import jobs, roofline, sizes, targets
 from benchmarks.measure import Contender, Timing, compare, markdown
 from benchmarks.peers import FOLDER, PEERS, Missing, Programs, Worker
 
 ROOT = Path(__file__).parents[1]
-SETTING = jobs.Setting(jobs.QUICK, "cpu", "nowhere")
+SETTING = jobs.Setting(sizes.QUICK, "cpu", "nowhere")
 
 
 def bench(*arguments, **environment):
@@ -53,9 +53,10 @@ def check(folder, printed, names, repeats):
 
 def test_ours_alone(tmp_path):
     """Peers that are left out are missing, and their targets neither reached nor missed."""
-    done = bench("--peers=none", "--only=settings,head", "--repeats=2", f"--out={tmp_path}")
+    asked = ["settings", "head", "decode_attention"]
+    done = bench("--peers=none", f"--only={','.join(asked)}", "--repeats=2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    results = check(tmp_path, done.stdout, ["settings", "head"], 2)
+    results = check(tmp_path, done.stdout, asked, 2)
     ours = [x for x in results["settings"] if x["worker"] == "ours"]
     # Sampling settings are traced: what the first compiled serves the others.
     assert ours[0]["compilations"] > 0
@@ -64,7 +65,8 @@ def test_ours_alone(tmp_path):
     rate = statistics.median(ours[1]["rates"])
     assert f"| {ours[1]['contender']} | {rate:.4g} |" in done.stdout
     assert ours[1]["rates"][0] == ours[1]["amounts"][0] / ours[1]["cpu_seconds"][0]
-    heads = [x for x in results["head"] if x["unit"] == "tokens"]
+    heads = [x for y in asked[1:] for x in results[y] if x["unit"] == "tokens"]
+    assert len(heads) == 5
     assert all(x["temporaries"] > 0 for x in heads)
     assert all(min(x["roofline"]) > 0 for x in heads)
     theirs = [x for y in results.values() for x in y if x["worker"] != "ours"]
@@ -173,12 +175,12 @@ def test_costs_count_every_weight():
     from spark_jax.models import transformer
 
     model = SETTING.model
-    shapes = transformer.shapes(jobs.QUICK.model)
+    shapes = transformer.shapes(sizes.QUICK.model)
     weights = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
-    norms = 2 * jobs.QUICK.model.num_layers * jobs.QUICK.model.width
+    norms = 2 * sizes.QUICK.model.num_layers * sizes.QUICK.model.width
     assert roofline.decode(model, "bfloat16", 1, 1, 1).bytes > 2 * (weights - norms)
     once = roofline.forward(model, "float32", 1, 1, 1)
-    pair = 4 * jobs.QUICK.model.num_layers * jobs.QUICK.model.num_heads * 8
+    pair = 4 * sizes.QUICK.model.num_layers * sizes.QUICK.model.num_heads * 8
     assert once.flops == 2 * (weights - norms) + pair
     assert roofline.train(model, "float32", 1, 1, 1).flops == 3 * once.flops
 
@@ -209,7 +211,7 @@ def test_every_target_names_contenders_that_exist():
     """With all contenders measured, no target is open but those of a GPU."""
     results = {}
     for platform, label in (("cpu", ""), ("gpu", "1.5B ")):
-        setting = jobs.Setting(jobs.QUICK, platform, "nowhere")
+        setting = jobs.Setting(sizes.QUICK, platform, "nowhere")
         for name, contenders in jobs.BENCHMARKS.items():
             results[label + name] = [
                 timing(

@@ -16,6 +16,7 @@ from serve import Result, Run, jax_probes, serve
 from spark_jax import decoding, scoring
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.kernels.linear_logprob import linear_logprob
+from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 from spark_jax.models import checkpoints, config, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.rewards.format import MAX_STEPS
@@ -99,6 +100,46 @@ def head(job: Job) -> Run:
     def run(warm: bool) -> Result:
         jax.block_until_ready(program()(hidden, matrix, targets))
         return {"amount": job["rows"], "temporaries": _temporaries(program())}
+
+    return run
+
+
+def decode_attention(job: Job) -> Run:
+    """Attention of a decode step, one layer's of a cache of two: one query per slot."""
+    model = _config(job)
+    lanes, slots, length, columns = (job[n] for n in ("lanes", "slots", "prompt", "columns"))
+    heads, width, dtype = model.num_kv_heads, model.head_dim, model.compute_dtype
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (
+        (slots, model.num_heads, width),
+        (2, lanes, heads, width, length),
+        (2, lanes, heads, length, width),
+        (2, slots, heads, width, columns),
+        (2, slots, heads, columns, width),
+    )
+    q, prompt_keys, prompt_values, own_keys, own_values = (
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
+    lengths = jnp.full(lanes, length, jnp.int32)
+    written = jnp.broadcast_to(jnp.arange(columns) < columns // 2, (slots, columns))
+    arguments = (
+        q,
+        prompt_keys,
+        prompt_values,
+        lengths,
+        own_keys,
+        own_values,
+        written,
+        jnp.int32(1),
+    )
+    attend = functools.partial(prefix_decode_attention, implementation=job["implementation"])
+    program = _compiled_once(attend, *arguments)
+
+    def run(warm: bool) -> Result:
+        for _ in range(job["calls"]):
+            out = program()(*arguments)
+        jax.block_until_ready(out)
+        return {"amount": slots * job["calls"], "temporaries": _temporaries(program())}
 
     return run
 
@@ -240,6 +281,7 @@ WORK: dict[str, Callable[[Job], Run]] = {
     "generate": generate,
     "score": score,
     "head": head,
+    "decode_attention": decode_attention,
     "agreement": agreement,
     "policy": policy,
     "sft": sft,

@@ -65,14 +65,14 @@ def cached(
     Args:
       kv: of one layer; or of all, stacked, as `in_place` wants it.
       prompt_mask: the first tokens of each lane's prompt, as many as count.
-      implementation: a value of `ModelConfig.attention`. On TPU "auto" is a Pallas kernel
-        (`kernels.prefix_decode_attention`) where kv is of all layers, as is "splash" anywhere;
-        everything else is XLA, and so are a cache in int8 and a mesh whose `tensor` does not
-        divide the KV heads.
+      implementation: a value of `ModelConfig.attention`. Where kv is of all layers, "splash" and
+        on TPU "auto" are a Pallas kernel for TPU (`kernels.prefix_decode_attention`), "cudnn" is
+        one for GPU; everything else is XLA, and so are a cache in int8 and a mesh whose `tensor`
+        does not divide the KV heads.
     """
-    rounded = isinstance(kv.keys, Rounded)
-    if kv.layer is not None and not rounded and _by_kernel(implementation, kv.keys.shape[2]):
-        return _cached_by_kernel(q, kv, prompt_mask, own_mask)
+    kernel = _kernel(implementation, kv)
+    if kernel is not None:
+        return _cached_by_kernel(kernel, q, kv, prompt_mask, own_mask)
     kv = kv.one_layer()
     queries = q.reshape(len(q), kv.keys.shape[1], -1, q.shape[-1])
     # Batch axes first: in bfloat16 newer XLA:CPU multiplies no other order.
@@ -98,9 +98,9 @@ def cached(
 
 
 def in_place(implementation: str) -> bool:
-    """Whether `cached` is to have the cache of all layers, as it lies, instead of a slice: on TPU,
-    where a slice that is written to, or that a kernel reads, is a copy."""
-    return implementation == "splash" or platform() == "tpu"
+    """Whether `cached` is to have the cache of all layers, as it lies, instead of a slice: on
+    accelerators, where a slice that is written to, or that a kernel reads, is a copy."""
+    return implementation in _KERNELS or platform() != "cpu"
 
 
 def _fitting(length: int, dtype: Any) -> str:
@@ -114,14 +114,22 @@ def _fitting(length: int, dtype: Any) -> str:
 # --- one query per slot --------------------------------------------------------------------------
 
 
-def _by_kernel(implementation: str, kv_heads: int) -> bool:
+_KERNELS = {"splash": "pallas_tpu", "cudnn": "pallas_gpu"}  # what is forced for long sequences
+
+
+def _kernel(implementation: str, kv: Segment) -> str | None:
+    if kv.layer is None or isinstance(kv.keys, Rounded):
+        return None
     mesh = mesh_in_scope()
-    if mesh is not None and kv_heads % mesh.shape.get("tensor", 1):
-        return False
-    return implementation == "splash" or (implementation == "auto" and platform() == "tpu")
+    if mesh is not None and kv.keys.shape[2] % mesh.shape.get("tensor", 1):
+        return None
+    if implementation == "auto":
+        return "pallas_tpu" if platform() == "tpu" else None
+    return _KERNELS.get(implementation)
 
 
 def _cached_by_kernel(
+    kernel: str,
     q: Float[Array, "S H K"],
     kv: Segment,
     prompt_mask: Bool[Array, "R L"],
@@ -132,7 +140,7 @@ def _cached_by_kernel(
     arrays = (q, kv.prompt_keys, kv.prompt_values, prompt_mask.sum(axis=-1), kv.keys, kv.values)
     slots, cache = ("batch", "heads", None), (None, "batch", "kv_heads", None, None)
     names = (slots, cache, cache, ("batch",), cache, cache, ("batch", None), ())
-    attend = functools.partial(prefix_decode_attention, implementation="pallas_tpu")
+    attend = functools.partial(prefix_decode_attention, implementation=kernel)
     mesh = mesh_in_scope()
     if mesh is not None:
         specs = tuple(

@@ -1,12 +1,14 @@
-"""Shared prompt and own tokens: a loop over slots, and the TPU kernel under its interpreter."""
+"""Shared prompt and own tokens: a loop over slots, the TPU kernel under its interpreter, and that
+for GPUs interpreted and lowered for CUDA."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from spark_jax.kernels import prefix_decode_attention_tpu
+from spark_jax.kernels import prefix_decode_attention_gpu, prefix_decode_attention_tpu
 from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -76,6 +78,12 @@ def kernel(**arguments):
     )
 
 
+def gpu_kernel(**arguments):
+    return prefix_decode_attention_gpu.prefix_decode_attention(
+        *on_device(arguments).values(), interpret=True
+    )
+
+
 def assert_equal(got, expected, atol=1e-5):
     np.testing.assert_allclose(np.asarray(got[0]), expected[0], atol=atol)
     np.testing.assert_allclose(np.asarray(got[1]), expected[1], rtol=1e-5, atol=atol)
@@ -96,6 +104,7 @@ def small_blocks(monkeypatch):
     prefix_decode_attention_tpu.prefix_decode_attention.clear_cache()
 
 
+@pytest.mark.parametrize("attend", [kernel, gpu_kernel])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -104,9 +113,9 @@ def small_blocks(monkeypatch):
         {"lanes": 3, "slots": 2, "heads": 9, "kv_heads": 3, "length": 6, "columns": 3},
     ],
 )
-def test_kernel_equals_the_loop(shape):
+def test_kernel_equals_the_loop(attend, shape):
     arguments = inputs(**shape)
-    assert_equal(kernel(**arguments), slot_by_slot(**arguments))
+    assert_equal(attend(**arguments), slot_by_slot(**arguments))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -120,12 +129,64 @@ def test_kernel_in_blocks(length, columns):
         assert_equal(kernel(**arguments), slot_by_slot(**arguments))
 
 
-def test_kernel_in_bfloat16():
+@pytest.mark.parametrize("columns_seen", ["some", "few", "none"])
+def test_gpu_kernel_in_blocks_and_shares(columns_seen):
+    """Several blocks of queries and of columns, in shares; ragged ends; a width that is no power of
+    two; blocks, and all of a share's, that nobody sees."""
+    arguments = inputs(lanes=2, slots=20, heads=8, width=20, length=300, columns=600)
+    arguments["lengths"] = np.array([290, 3], np.int32)
+    if columns_seen != "some":
+        arguments["own_mask"][:, 40:] = False
+        arguments["own_mask"][:, :40] &= columns_seen == "few"
+    assert_equal(gpu_kernel(**arguments), slot_by_slot(**arguments))
+
+
+def test_gpu_kernel_reads_no_block_that_nobody_sees():
+    """What it does not read may be NaN."""
+    arguments = inputs(length=300, columns=300)
+    arguments["lengths"] = np.array([60, 64], np.int32)
+    arguments["own_mask"][:, 128:192] = False
+    expected = slot_by_slot(**arguments)
+    for name, unseen in (("keys", slice(128, 192)), ("prompt_keys", slice(64, None))):
+        arguments[name][..., unseen] = np.nan
+        arguments[name.replace("keys", "values")][..., unseen, :] = np.nan
+    assert_equal(gpu_kernel(**arguments), expected)
+
+
+def test_gpu_kernel_without_a_prompt():
+    arguments = inputs(length=0)
+    assert_equal(gpu_kernel(**arguments), slot_by_slot(**arguments))
+
+
+def test_lowers_for_cuda():
+    def cache(*shape):
+        return jax.ShapeDtypeStruct((28, *shape), jnp.bfloat16)
+
+    no_promise = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    exported = jax.export.export(
+        prefix_decode_attention_gpu.prefix_decode_attention,
+        platforms=["cuda"],
+        disabled_checks=[no_promise],
+    )(
+        jax.ShapeDtypeStruct((256, 28, 128), jnp.bfloat16),
+        cache(128, 4, 128, 2048),
+        cache(128, 4, 2048, 128),
+        jax.ShapeDtypeStruct((128,), jnp.int32),
+        cache(256, 4, 128, 2048),
+        cache(256, 4, 2048, 128),
+        jax.ShapeDtypeStruct((256, 2048), bool),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    assert exported.mlir_module().count("__gpu$xla.gpu.triton") == 2  # prompts, own columns
+
+
+@pytest.mark.parametrize("attend", [kernel, gpu_kernel])
+def test_kernel_in_bfloat16(attend):
     arguments = inputs(slots=4, width=16, dtype="bfloat16")
-    assert_equal(kernel(**arguments), slot_by_slot(**arguments), atol=0.03)
+    assert_equal(attend(**arguments), slot_by_slot(**arguments), atol=0.03)
 
 
-@pytest.mark.parametrize("attend", [reference, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel, gpu_kernel])
 def test_a_slot_that_sees_nothing_gives_zeros(attend):
     arguments = inputs()
     arguments["own_mask"][5] = False
@@ -136,7 +197,7 @@ def test_a_slot_that_sees_nothing_gives_zeros(attend):
     assert_equal((out, logsumexp), slot_by_slot(**arguments))
 
 
-@pytest.mark.parametrize("attend", [reference, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel, gpu_kernel])
 def test_what_is_not_seen_changes_nothing(attend):
     """Stale columns and padding may hold anything finite."""
     arguments = inputs()
@@ -151,7 +212,7 @@ def test_what_is_not_seen_changes_nothing(attend):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("attend", [reference, kernel])
+@pytest.mark.parametrize("attend", [reference, kernel, gpu_kernel])
 def test_extreme_scores(attend):
     arguments = inputs()
     arguments["q"] *= 1e4

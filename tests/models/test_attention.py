@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from spark_jax.kernels import prefix_decode_attention as kernels
+from spark_jax.kernels import prefix_decode_attention_gpu
 from spark_jax.models import attention
 from spark_jax.models.cache import Segment
 
@@ -156,6 +158,17 @@ def test_a_cache_is_attended_to_alike_by_kernel_and_xla(kv_heads, before):
     np.testing.assert_array_equal(cached(q, stacked, *masks, "dense"), expected)
 
 
+@pytest.mark.parametrize(("kv_heads", "before"), [(2, False), (1, True)])
+def test_the_kernel_for_gpus_attends_alike(kv_heads, before, monkeypatch):
+    interpreted = functools.partial(
+        prefix_decode_attention_gpu.prefix_decode_attention, interpret=True
+    )
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_gpu", interpreted)
+    q, alone, stacked, *masks = cache_of_two_layers(4, 3, kv_heads, before)
+    expected = cached(q, alone, *masks)
+    np.testing.assert_allclose(cached(q, stacked, *masks, "cudnn"), expected, atol=1e-5)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_the_kernel_rounds_as_xla_does():
     """In bfloat16 the two differ by their roundings of sums alone."""
@@ -182,14 +195,18 @@ def test_a_cache_over_eight_devices():
     assert " passed" in done.stdout
 
 
-def test_on_tpu_a_stacked_cache_goes_to_the_kernel(monkeypatch):
+def test_platform_and_what_is_forced_choose_the_kernel_of_a_stacked_cache(monkeypatch):
+    _, alone, stacked, *_ = cache_of_two_layers(1, 1, 1, False)
+
     def chosen(platform, implementation):
         monkeypatch.setattr(attention, "platform", lambda: platform)
-        return attention._by_kernel(implementation, KV_HEADS), attention.in_place(implementation)
+        assert attention._kernel(implementation, alone) is None
+        return attention._kernel(implementation, stacked), attention.in_place(implementation)
 
-    assert chosen("tpu", "auto") == chosen("cpu", "splash") == (True, True)
-    assert chosen("tpu", "dense") == (False, True)
-    assert chosen("cpu", "auto") == chosen("gpu", "auto") == (False, False)
+    assert chosen("tpu", "auto") == chosen("cpu", "splash") == ("pallas_tpu", True)
+    assert chosen("gpu", "cudnn") == chosen("cpu", "cudnn") == ("pallas_gpu", True)
+    assert chosen("tpu", "dense") == chosen("gpu", "auto") == (None, True)
+    assert chosen("cpu", "auto") == chosen("cpu", "dense") == (None, False)
 
 
 def test_length_and_platform_choose(monkeypatch):
