@@ -71,7 +71,7 @@ def decode(setting: Setting) -> list[Contender]:
             contenders.append(
                 Contender(f"{program}, {name}", worker, job, dtype, threads, cost=cost)
             )
-    return [*contenders, *_probes(setting)]
+    return [*contenders, *_products(setting, size.batch), *_probes(setting)]
 
 
 def decode_large(setting: Setting) -> list[Contender]:
@@ -83,7 +83,7 @@ def decode_large(setting: Setting) -> list[Contender]:
         job = _generate(setting, prompts, size.new, {"greedy": True}, dtype)
         cost = roofline.decode(setting.model, dtype, size.large_batch, size.prompt, size.new)
         contenders.append(Contender(program, worker, job, dtype, threads, cost=cost))
-    return [*contenders, *_probes(setting)]
+    return [*contenders, *_products(setting, size.large_batch), *_probes(setting)]
 
 
 def layouts(setting: Setting) -> list[Contender]:
@@ -177,15 +177,15 @@ def head_gradient(setting: Setting) -> list[Contender]:
 
 
 def decode_attention(setting: Setting) -> list[Contender]:
-    """A decode step's attention to the cache, of one layer, ours: by XLA, and by the platform's
+    """A decode step's attention to the cache, of one layer: ours by XLA, and by the platform's
     kernel where there is one. Prompts are whole, of the slots' own columns half are written."""
     size = setting.size
     dtype = "float32" if setting.platform == "cpu" else "bfloat16"
-    kernels = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+    kernels = {"gpu": {"triton": "kernel"}, "tpu": {"splash": "kernel"}}
     contenders = []
-    for name in ("xla", *filter(None, [kernels.get(setting.platform)])):
+    for attention, name in ({"dense": "xla"} | kernels.get(setting.platform, {})).items():
         job = _common(setting, "decode_attention", dtype) | {
-            "implementation": name,
+            "attention": attention,
             "lanes": size.large_batch // 4,
             "slots": size.large_batch,
             "prompt": size.prefilled,
@@ -341,6 +341,22 @@ def _decoders(setting: Setting, everyone: bool) -> list[Program]:
         ("transformers, bfloat16, 2 threads", "transformers", "bfloat16", 2),
     ]
     return programs + more * everyone
+
+
+def _products(setting: Setting, rows: int) -> list[Contender]:
+    """On CPU, a decode's matrix products alone: what XLA leaves to be gained by anything else."""
+    if setting.platform != "cpu":
+        return []
+    job = {"rows": rows, "new": setting.size.new}
+    return [
+        Contender(
+            f"XLA, the products alone, {dtype}",
+            "ours",
+            _common(setting, "products", dtype) | job,
+            dtype,
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
 
 
 def _scheduled(setting: Setting, job: Callable[..., Job], part: int | None) -> list[Contender]:

@@ -58,7 +58,7 @@ def make_mesh(config: Config) -> Mesh | None:
     try:
         mesh = meshes.make_mesh(sizes)
     except ValueError as error:
-        raise ConfigError(f"mesh: {error}") from error
+        raise ConfigError(str(error)) from error
     return None if mesh.size == 1 else mesh
 
 

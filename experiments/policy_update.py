@@ -178,7 +178,7 @@ def packed(config: Config, batch: PolicyBatch) -> PolicyBatch | PackedPolicyBatc
 
 def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of a rollout's updates: means over them; skipped updates summed; and the gap
-    between sampler and scorer at the first one, before the policy has moved."""
+    between sampler and scorer at the first one, with what the policy had moved before it."""
     if not updates:
         return {"policy/updates": 0}
     means = {name: np.mean([values[name] for values in updates]) for name in updates[0]}

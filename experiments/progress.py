@@ -62,7 +62,7 @@ class Jobs:
         share = dict.fromkeys(range(len(jobs)), 0.0)
         before: dict[int, float] = {}  # what of each was there when it began
         lock = threading.Lock()
-        bar = Bar(self.progress, title)
+        bar = Bar(self.progress, title, "runs")
         bar.report(0.0, len(jobs))
 
         ended = threading.Event()  # by an error: no other job is begun
@@ -102,7 +102,7 @@ class Bar:
     def __init__(self, progress: Progress, title: str, unit: str = "") -> None:
         self._progress, self._title, self._unit = progress, title, unit
         self._pace, self._first = Pace(time.monotonic), True
-        self._said = time.monotonic()
+        self._said, self._over = time.monotonic(), False
         self._task = progress.add_task(title, total=None, pace=None, unit=unit)
 
     def report(self, done: float, total: float, before: float = 0.0) -> None:
@@ -112,9 +112,13 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total, pace=pace)
         finished = done >= total and not self._first
         due = finished or time.monotonic() - self._said >= SECONDS_BETWEEN_LINES
+        due, self._over = due and not self._over, finished
         if due and not self._progress.console.is_terminal and not self._progress.console.quiet:
             self._said = time.monotonic()
-            parts = (f"{done:g} of {total:g} {self._unit}".rstrip(), speed(pace, self._unit))
+            parts = (
+                f"{round(done, 2):g} of {total:g} {self._unit}".rstrip(),
+                speed(pace, self._unit),
+            )
             left = f"left: {duration(pace and pace * (total - done))}"
             self._progress.console.print(f"{self._title}: {', '.join(filter(None, parts))}, {left}")
         self._first = False

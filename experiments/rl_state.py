@@ -25,13 +25,9 @@ class RLState(NamedTuple):
 SampledBefore = Callable[[int, Mapping[str, Any]], Sampled]  # of a rollout's number, and its arrays
 
 
-def save(config: Config, folder: RunFolder, saved: Checkpoints, at: RLState) -> None:
-    saved.save(at.done, _arrays(config, at), _notes(config, folder, at))
-
-
-def ensure(config: Config, folder: RunFolder, saved: Checkpoints, at: RLState) -> None:
-    """Returns when it is on disk."""
-    saved.ensure(at.done, _arrays(config, at), _notes(config, folder, at))
+def contents(config: Config, folder: RunFolder, at: RLState) -> tuple[Any, dict[str, Any]]:
+    """What a checkpoint of the state holds: arrays, and what it notes beside them."""
+    return _arrays(config, at), _notes(config, folder, at)
 
 
 def restore(
@@ -40,18 +36,21 @@ def restore(
     saved: Checkpoints,
     initial: RLState,
     sampled_before: SampledBefore,
-) -> RLState | None:
-    """The state of the last checkpoint; None without one."""
+) -> tuple[RLState, bool]:
+    """The state of the last checkpoint, and True; the initial one, and False, where there is none.
+
+    Raises what `Checkpoints.restore_latest` raises, and OtherRun for a checkpoint of another run.
+    """
     restored = saved.restore_latest(_arrays(config, initial))
     if restored is None:
-        return None
+        return initial, False
     kept, notes = restored
     folder.check_identity(notes)
     done, parts = notes["rollouts"], kept if isinstance(kept, dict) else {"train": kept}
     pending = None
     if notes["pending_rollout"].get("sampled"):
         pending = sampled_before(done + 1, parts["pending"])
-    return RLState(parts["train"], parts.get("reference", initial.reference), done, pending)
+    return RLState(parts["train"], parts.get("reference", initial.reference), done, pending), True
 
 
 def _arrays(config: Config, at: RLState) -> Any:

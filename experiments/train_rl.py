@@ -22,9 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spark_jax.advantages import (
-    AdvantageInputs,
-)
+from spark_jax.advantages import AdvantageInputs
 from spark_jax.data import tasks
 from spark_jax.data.batches import BatchOrder, batch_order
 from spark_jax.data.records import Problem
@@ -62,9 +60,7 @@ from spark_jax.experiments.rollouts import Graded, Sampled
 from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
-from spark_jax.rewards.prm import (
-    REWARDS_THAT_JUDGE,
-)
+from spark_jax.rewards.prm import REWARDS_THAT_GRADE, REWARDS_THAT_JUDGE
 from spark_jax.text_generation import (
     TextModel,
     encode,
@@ -144,25 +140,24 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         Checkpoints(folder.checkpoints, **keep) as saved,
         MetricsWriter(path) as metrics,
     ):
-        restored = rl_state.restore(config, folder, saved, at, setting.sampled_before)
-        at = restored or at
-        log = Log(config, folder, metrics, None if restored is None else at.done)
+        at, resumed = rl_state.restore(config, folder, saved, at, setting.sampled_before)
+        log = Log(config, folder, metrics, at.done if resumed else None)
         scores: dict[str, Any] = {}
-        if restored is None or at.done == config.rl.steps:  # else the last step evaluates
+        if not resumed or at.done == config.rl.steps:  # else the last step evaluates
             policy = setting.policy(at.train.params)
             scores = evaluate.policy_scores(config, setting.task, policy)
-        if restored is None:
+        if not resumed:
             log.write(0, evaluation_metrics(scores))
         if on_progress:
             on_progress(at.done, config.rl.steps)
 
         while at.done < config.rl.steps:
-            watch.hold(partial(rl_state.ensure, config, folder, saved, at))
+            watch.hold(partial(saved.ensure, at.done, *rl_state.contents(config, folder, at)))
             at, found = take_step(setting, at, log, watch)
             scores = found or scores
             last, stop = at.done == config.rl.steps, watch.asked()
             if at.done % config.rl.save_every == 0 or last or stop:
-                rl_state.save(config, folder, saved, at)
+                saved.save(at.done, *rl_state.contents(config, folder, at))
             if on_progress:
                 on_progress(at.done, config.rl.steps)
             if stop:
@@ -229,7 +224,9 @@ def collect(
     problems = setting.problems_of(step)
     rollout, samples = at.pending or setting.sample(at.train.params, step, stopwatch)
     logprobs = score_rollout(config, setting.model.config, at.train.params, at.reference, rollout)
-    truths = rollouts.begin_truths(setting.task, problems, samples)
+    begin_truths = partial(rollouts.begin_truths, setting.task, problems, samples)
+    # A reward that grades has the graders to itself.
+    truths = None if config.rl.reward in REWARDS_THAT_GRADE else begin_truths()
     judged = rollouts.judge_responses(
         config, setting.judged_task, setting.reward_model, problems, samples, step
     )
@@ -240,7 +237,7 @@ def collect(
         ahead = setting.sample(at.train.params, step + 1, stopwatch)
     graded = Graded(problems, rollout, samples, judged, rewards())
     stopwatch.lap("grading")
-    return graded, logprobs, truths, ahead
+    return graded, logprobs, truths or begin_truths(), ahead
 
 
 def make_setting(config: Config, folder: RunFolder, loaded: loading.Loaded) -> Setting:

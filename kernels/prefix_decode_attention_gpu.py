@@ -17,12 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from spark_jax.kernels.prefix_decode_attention import EMPTY, FLOOR, MASKED
+
 _LEAST = 16  # rows, columns and depth of a matrix product
 _QUERIES, _COLUMNS = 64, 64  # a tile of scores, at most
 _PROGRAMS = 512  # to be made of few lanes and heads, by sharing out the columns
-_MASKED = -1e30  # this and the next two as in the reference
-_FLOOR = -1e29
-_EMPTY = 1e-30
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -56,7 +55,7 @@ def prefix_decode_attention(
     tops, totals, sums = (jnp.concatenate(x) for x in zip(*parts, strict=True))
     top = tops.max(axis=0)
     weights = jnp.exp(tops - top)
-    total = jnp.maximum(jnp.sum(weights * totals, axis=0), _EMPTY)
+    total = jnp.maximum(jnp.sum(weights * totals, axis=0), EMPTY)
     out = jnp.sum(weights[..., None] * sums, axis=0) / total[..., None]
     return out.reshape(s, h, d), (top + jnp.log(total)).reshape(s, h)
 
@@ -142,7 +141,7 @@ def _kernel(
             other=0,
         )
         scores = jnp.dot(queries, k, preferred_element_type=jnp.float32) * width**-0.5
-        scores = jnp.where(marked[None, :], scores, _MASKED)
+        scores = jnp.where(marked[None, :], scores, MASKED)
         top = jnp.maximum(before, jnp.max(scores, axis=1))
         weights = jnp.exp(scores - top[:, None])
         shrink = jnp.exp(before - top)
@@ -170,7 +169,7 @@ def _kernel(
     most = pl.cdiv(blocks, shares)
     first = share * most
     carry = (
-        jnp.full(rows, _FLOOR, jnp.float32),
+        jnp.full(rows, FLOOR, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((rows, depth), jnp.float32),
     )

@@ -18,11 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from spark_jax.kernels.prefix_decode_attention import EMPTY, FLOOR, MASKED
+
 _MIB = 2**20
 _SLOTS = 32  # that a program deals with at once
-_MASKED = -1e30  # this and the next two as in the reference
-_FLOOR = -1e29
-_EMPTY = 1e-30
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -83,7 +82,7 @@ def prefix_decode_attention(
         prompt_values,
         keys,
         values,
-        jnp.where(own_mask, 0.0, _MASKED).reshape(-1, w, columns),
+        jnp.where(own_mask, 0.0, MASKED).reshape(-1, w, columns),
     )
     return out[:, :, : h // g].reshape(s, h, d), _unfold(logsumexp, h // g).reshape(s, h)
 
@@ -192,7 +191,7 @@ def _kernel(
 
     @pl.when(step == 0)
     def _() -> None:
-        top[...] = jnp.full_like(top, _FLOOR)
+        top[...] = jnp.full_like(top, FLOOR)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
@@ -212,7 +211,7 @@ def _kernel(
     def _() -> None:
         scores = _dot(q[...].reshape(slots * rows, d), prompt_keys[...]) * scale
         column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(column < seen, scores, _MASKED).reshape(slots, rows, block)
+        scores = jnp.where(column < seen, scores, MASKED).reshape(slots, rows, block)
         v = _within(prompt_values[...], length - step * block, length % block)
         add(scores, lambda p: _dot(p.reshape(-1, block), v).reshape(slots, rows, d))
 
@@ -222,13 +221,13 @@ def _kernel(
         scores = _dot(q[...], keys[...]) * scale + bias[...][:, None]
         if columns % own_block:
             column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-            scores = jnp.where(column < left, scores, _MASKED)
+            scores = jnp.where(column < left, scores, MASKED)
         v = _within(values[...], left, columns % own_block)
         add(scores, lambda p: _dot(p, v))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        n = jnp.maximum(total[...], _EMPTY)
+        n = jnp.maximum(total[...], EMPTY)
         out[...] = sums[...] / n
         logsumexp[...] = (top[...] + jnp.log(n))[:, :, 0]
 

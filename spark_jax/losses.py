@@ -38,8 +38,8 @@ def policy_gradient(
     """The clipped policy-gradient loss (PPO, arXiv 1707.06347, eq. 7; method page §5).
 
     L = −Σ weights · min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A), ρ = exp(log π − log π_old).
-    Unequal clips are DAPO's (arXiv 2503.14476, §3.1). On the first update after a rollout ρ = 1,
-    and the gradient is REINFORCE's, −A ∇log π.
+    Unequal clips are DAPO's (arXiv 2503.14476, §3.1). On the first update after a rollout of the
+    same policy ρ = 1, and the gradient is REINFORCE's, −A ∇log π.
 
     `importance="sequence"` is GSPO (arXiv 2507.18071): ρ is the geometric mean of the sequence's
     token ratios. In its token form (§4.3): the value is that mean on every token, the gradient goes

@@ -16,9 +16,10 @@ from serve import Result, Run, jax_probes, serve
 from spark_jax import decoding, scoring
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.kernels.linear_logprob import linear_logprob
-from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
-from spark_jax.models import checkpoints, config, transformer
+from spark_jax.models import attention, checkpoints, config, transformer
+from spark_jax.models.cache import Segment
 from spark_jax.models.config import ModelConfig
+from spark_jax.models.dot import dot
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.training import optimizer, state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
@@ -63,6 +64,37 @@ def generate(job: Job) -> Run:
             "facts": {"slots busy": float(rollout.slot_occupancy)},
             "tokens": _few(rollout.tokens) if settings.get("greedy") else None,
         }
+
+    return run
+
+
+def products(job: Job) -> Run:
+    """What decoding multiplies with weights, as it does, and next to nothing else: the least time
+    that is left to it by XLA. Each row's scores are its next input."""
+    model = _config(job)
+    params, dtype = _decoding_params(job["weights"], model), model.compute_dtype
+
+    def step(params: transformer.Params, x: jax.Array) -> jax.Array:
+        for layer in params.layers:
+            x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))).astype(dtype)
+            heads = dot("btd,dhk->bthk", x, layer.query_key_value)
+            queries, others = jnp.split(heads, [model.num_heads], axis=2)
+            mixed = (queries + others.sum(axis=2, keepdims=True)).astype(dtype)
+            x = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
+            gate_up = dot("btd,dcf->btcf", x, layer.gate_up)
+            x = dot("btf,fd->btd", gate_up.sum(axis=2).astype(dtype), layer.down)
+        scores = transformer.logits(params, model, x[:, 0].astype(dtype))
+        return scores[:, None, : model.width] + scores.max(axis=-1)[:, None, None]
+
+    rows, new = job["rows"], job["new"]
+    first = jax.random.normal(jax.random.key(0), (rows, 1, model.width))
+    program = _compiled_once(
+        lambda params, x: jax.lax.fori_loop(0, new, lambda _, x: step(params, x), x), params, first
+    )
+
+    def run(warm: bool) -> Result:
+        jax.block_until_ready(program()(params, first))
+        return {"amount": rows * new}
 
     return run
 
@@ -120,19 +152,13 @@ def decode_attention(job: Job) -> Run:
     q, prompt_keys, prompt_values, own_keys, own_values = (
         jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
     )
-    lengths = jnp.full(lanes, length, jnp.int32)
+    cache = Segment(prompt_keys, prompt_values, own_keys, own_values, layer=jnp.int32(1))
+    if not attention.in_place(job["attention"]):
+        cache = cache.one_layer()
+    seen = jnp.ones((lanes, length), bool)
     written = jnp.broadcast_to(jnp.arange(columns) < columns // 2, (slots, columns))
-    arguments = (
-        q,
-        prompt_keys,
-        prompt_values,
-        lengths,
-        own_keys,
-        own_values,
-        written,
-        jnp.int32(1),
-    )
-    attend = functools.partial(prefix_decode_attention, implementation=job["implementation"])
+    arguments = (q, cache, seen, written)
+    attend = functools.partial(attention.cached, implementation=job["attention"])
     program = _compiled_once(attend, *arguments)
 
     def run(warm: bool) -> Result:
@@ -279,6 +305,7 @@ def bandwidth(job: Job) -> Run:
 
 WORK: dict[str, Callable[[Job], Run]] = {
     "generate": generate,
+    "products": products,
     "score": score,
     "head": head,
     "decode_attention": decode_attention,

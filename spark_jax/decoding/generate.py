@@ -121,7 +121,11 @@ def rollout_of(
     samples_per_prompt: int,
     max_prompt_length: int | None = None,
 ) -> Rollout:
-    """A rollout from what `samples_of` keeps and its prompts; the arguments are `generate`'s."""
+    """A rollout from what `samples_of` keeps and its prompts; the arguments are `generate`'s.
+
+    Raises ValueError for a prompt above `max_prompt_length`, with its index.
+    """
+    _check_lengths(prompts, max_prompt_length)
     length = max_prompt_length or ladder(max(map(len, prompts)))
     tokens, mask = (
         np.zeros((len(prompts), length), np.int32),
@@ -357,17 +361,22 @@ def _check_prompts(
 ) -> np.ndarray:
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
+    _check_lengths(prompts, limit)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; give it at least one token, such as BOS")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"prompt {i} has a token id outside 0..{vocab_size - 1}")
+    return np.asarray([len(prompt) for prompt in prompts], np.int32)
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    for i, prompt in enumerate(prompts):
         if limit is not None and len(prompt) > limit:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens, more than max_prompt_length={limit}; "
                 "shorten it or raise the limit"
             )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"prompt {i} has a token id outside 0..{vocab_size - 1}")
-    return np.asarray([len(prompt) for prompt in prompts], np.int32)
 
 
 def _check_positions(lengths: np.ndarray, limits: np.ndarray, max_positions: int) -> None:

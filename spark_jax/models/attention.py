@@ -5,7 +5,8 @@ Whole sequences below `LONG` tokens hold their scores [T, T] ("dense"). Longer o
 GPUs, fed a block of queries at a time, and "blockwise" is XLA on every platform, a block of queries
 at a time, which computes what "dense" does. `ModelConfig.attention` forces one of them.
 
-A decode step's query attends by XLA, and on TPU by our own Pallas kernel.
+A decode step's query attends by XLA, or by a Pallas kernel of our own: on TPU, and on GPU where
+"triton" asks for it.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def causal(
     Args:
       implementation: a value of `ModelConfig.attention`; "auto" takes "dense" below `LONG` tokens,
         and above it what suits the platform: "splash" on TPU, "cudnn" on GPU in bfloat16, else
-        "blockwise".
+        "blockwise". Here "triton" is "auto".
     """
-    if implementation == "auto":
+    if implementation in ("auto", "triton"):
         implementation = _fitting(segment_ids.shape[1], dtype)
     if implementation == "dense":
         mask = _causal_mask(segment_ids)
@@ -66,7 +67,7 @@ def cached(
       kv: of one layer; or of all, stacked, as `in_place` wants it.
       prompt_mask: the first tokens of each lane's prompt, as many as count.
       implementation: a value of `ModelConfig.attention`. Where kv is of all layers, "splash" and
-        on TPU "auto" are a Pallas kernel for TPU (`kernels.prefix_decode_attention`), "cudnn" is
+        on TPU "auto" are a Pallas kernel for TPU (`kernels.prefix_decode_attention`), "triton" is
         one for GPU; everything else is XLA, and so are a cache in int8 and a mesh whose `tensor`
         does not divide the KV heads.
     """
@@ -114,7 +115,7 @@ def _fitting(length: int, dtype: Any) -> str:
 # --- one query per slot --------------------------------------------------------------------------
 
 
-_KERNELS = {"splash": "pallas_tpu", "cudnn": "pallas_gpu"}  # what is forced for long sequences
+_KERNELS = {"splash": "pallas_tpu", "triton": "pallas_gpu"}
 
 
 def _kernel(implementation: str, kv: Segment) -> str | None:

@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-ATTENTION = ("auto", "dense", "blockwise", "splash", "cudnn")
+ATTENTION = ("auto", "dense", "blockwise", "splash", "cudnn", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelConfig:
     remat: bool = True
     """Recompute each layer in the backward pass instead of storing its activations."""
     attention: str = "auto"
-    """What computes the attention of whole sequences, of `ATTENTION`: see `models.attention`."""
+    """What computes attention, of `ATTENTION`: see `models.attention`."""
     cache_dtype: str | None = None
     """What decoding keeps keys and values in: None for the compute dtype, or "int8", with a scale
     per token and head (`models.cache.Rounded`): half the memory of bfloat16, for some error."""

@@ -138,7 +138,7 @@ def any_of(flag: bool) -> bool:
 
 def share(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
     """`work(rows)`, a result a row, each process doing an equal run of the rows."""
-    return [result for part in on_own(lambda: list(work(own_part(rows)))) for result in part]
+    return _joined(lambda: list(work(own_part(rows))))
 
 
 def begin_share(
@@ -149,7 +149,11 @@ def begin_share(
     thread = ThreadPoolExecutor(1, "share")
     own = thread.submit(lambda: list(work(own_part(rows))))
     thread.shutdown(wait=False)
-    return lambda: [result for part in on_own(own.result) for result in part]
+    return lambda: _joined(own.result)
+
+
+def _joined(own: Callable[[], list[Any]]) -> list[Any]:
+    return [result for part in on_own(own) for result in part]
 
 
 def own_part(rows: Sequence[T]) -> Sequence[T]:

@@ -105,8 +105,8 @@ def policy_step(
     Returns:
       the state and metrics, all taken at the parameters before the update: those of
       `losses.policy_objective` and `update.apply_update`, and `logprob_gap_max` and
-      `logprob_gap_mean`, |log π − log π_old| in nats. On the first update after a rollout both
-      are the same policy, and this is the gap between sampler and scorer.
+      `logprob_gap_mean`, |log π − log π_old| in nats. On the first update after a rollout of this
+      policy, this is the gap between sampler and scorer.
 
     Raises:
       ValueError: the rows do not divide into `accumulation_steps`, a KL coefficient without

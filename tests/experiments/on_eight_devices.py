@@ -61,8 +61,8 @@ def test_rl_on_a_mesh_is_rl_on_one_device(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh__data": 3}, r"mesh: .*spans 3 devices, but there are 8; choose sizes"),
-        ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh: .*only one of"),
+        ({"mesh__data": 3}, r"mesh .*spans 3 devices, but there are 8; choose sizes"),
+        ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh .*only one of"),
         ({"mesh__data": 8, "rl__group_size": 3}, r"batch=12 over data\*fsdp=8"),
         ({"mesh__tensor": 8}, r"num_heads=4 over tensor=8 \(choose tensor in \[1, 2, 4\]\)"),
         (

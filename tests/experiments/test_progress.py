@@ -94,8 +94,9 @@ def test_jobs_that_were_done_do_not_make_the_others_look_faster(clock, tmp_path)
         done_before = [(finished, None, tmp_path)] * 3
         Jobs(shown, 1).run("Stage", [*done_before, (half_done, None, tmp_path)])
     lines = text.getvalue().splitlines()
-    assert lines[1] == "Stage: 3.7 of 4, left: 0:05:00"
-    assert lines[-1] == "Stage: 4 of 4, left: 0:00:00"
+    assert lines[1] == "Stage: 3.7 of 4 runs, 1000.0 s per run, left: 0:05:00"
+    assert lines[-1] == "Stage: 4 of 4 runs, 1000.0 s per run, left: 0:00:00"
+    assert lines[-2] != lines[-1]  # once done, nothing more is said
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])

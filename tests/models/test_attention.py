@@ -166,7 +166,7 @@ def test_the_kernel_for_gpus_attends_alike(kv_heads, before, monkeypatch):
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_gpu", interpreted)
     q, alone, stacked, *masks = cache_of_two_layers(4, 3, kv_heads, before)
     expected = cached(q, alone, *masks)
-    np.testing.assert_allclose(cached(q, stacked, *masks, "cudnn"), expected, atol=1e-5)
+    np.testing.assert_allclose(cached(q, stacked, *masks, "triton"), expected, atol=1e-5)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -204,8 +204,8 @@ def test_platform_and_what_is_forced_choose_the_kernel_of_a_stacked_cache(monkey
         return attention._kernel(implementation, stacked), attention.in_place(implementation)
 
     assert chosen("tpu", "auto") == chosen("cpu", "splash") == ("pallas_tpu", True)
-    assert chosen("gpu", "cudnn") == chosen("cpu", "cudnn") == ("pallas_gpu", True)
-    assert chosen("tpu", "dense") == chosen("gpu", "auto") == (None, True)
+    assert chosen("gpu", "triton") == chosen("cpu", "triton") == ("pallas_gpu", True)
+    assert chosen("tpu", "dense") == chosen("gpu", "auto") == chosen("gpu", "cudnn") == (None, True)
     assert chosen("cpu", "auto") == chosen("cpu", "dense") == (None, False)
 
 

@@ -33,16 +33,18 @@ def exchanged(me):
     assert not processes.any_of(False)
     assert processes.on_main(lambda: f"of {me}") == "of 0"
     for rows in ([], [1], [1, 2, 3, 4, 5]):
-        done = processes.share(rows, lambda part: [(row, me) for row in part])
-        assert [row for row, _ in done] == rows
-        if len(rows) == 5:
-            assert [who for _, who in done] == [0, 0, 1, 1, 1]
+        begun = processes.begin_share(rows, lambda part: [(row, me) for row in part])
+        for done in (processes.share(rows, lambda part: [(row, me) for row in part]), begun()):
+            assert [row for row, _ in done] == rows
+            if len(rows) == 5:
+                assert [who for _, who in done] == [0, 0, 1, 1, 1]
 
 
 def errors_are_everyones(me):
     for call in (
         lambda: processes.on_main(lambda: 1 // 0),
         lambda: processes.share([1, 2], lambda part: [1 // (part[0] - 2)]),  # the second one's
+        lambda: processes.begin_share([1, 2], lambda part: [1 // (part[0] - 1)])(),  # the first's
         lambda: processes.lead(lambda led: 1 // led(0), lambda x: processes.exchange(x)[1]),
     ):
         try:
