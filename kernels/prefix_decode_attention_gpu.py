@@ -129,7 +129,8 @@ def _kernel(
     row, head, share = pl.program_id(0), pl.program_id(1), pl.program_id(2) % shares
     rows, depth = q.shape
     columns = keys.shape[-1]
-    of_layer, queries, all_depth = layer[0], q[...], pl.ds(0, depth)
+    of_layer, queries = layer[0], q[...]
+    all_depth = pl.ds(jnp.int32(0), depth)  # a start that is traced: it may reach over the end
     real = jnp.arange(depth) < width
 
     def attend(start: Array, there: Array, marked: Array, carry: tuple[Array, ...]) -> Any:

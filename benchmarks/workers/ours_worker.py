@@ -82,7 +82,7 @@ def products(job: Job) -> Run:
             mixed = (queries + others.sum(axis=2, keepdims=True)).astype(dtype)
             x = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
             gate_up = dot("btd,dcf->btcf", x, layer.gate_up)
-            x = dot("btf,fd->btd", gate_up.sum(axis=2).astype(dtype), layer.down)
+            x = transformer.down(gate_up.sum(axis=2).astype(dtype), layer).astype(jnp.float32)
         scores = transformer.logits(params, model, x[:, 0].astype(dtype))
         return scores[:, None, : model.width] + scores.max(axis=-1)[:, None, None]
 
