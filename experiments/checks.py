@@ -40,6 +40,11 @@ def check_common(config: Config) -> None:
     """What every experiment needs: a task, a model, sizes. ConfigError names field and choices."""
     make_or_refuse("task", lambda: loading.load_task(config))
     model_exists("model", config.model)
+    if "://" in config.run_dir:
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} is not a folder; mount the bucket as one, as "
+            "docs/pods.md says, and name that"
+        )
     _choose("dtype", config.dtype, ("float32", "bfloat16"))
     _choose("attention", config.attention, ATTENTION)
     if config.decode.cache_dtype is not None:

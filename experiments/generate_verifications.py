@@ -10,8 +10,9 @@ In parts, on any number of machines and at any time, then joined:
     python -m spark_jax.experiments.merge_verifications --config=configs/demo.py \
         --config.run_dir=runs/stage1
 
-Writes `solutions.jsonl`, `verified.jsonl` and, where the task knows the truth, how good the
-verifications of each method are (`summary.json`). Started again, it goes on where it stopped.
+Writes `solutions.jsonl`, `verified.jsonl`, how busy the decoder was in this start (`decoding.json`)
+and, where the task knows the truth, how good the verifications of each method are (`summary.json`).
+Started again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
 from spark_jax.reports import plots
-from spark_jax.text_generation import text_sampler
+from spark_jax.text_generation import DecodeStatistics, text_sampler
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import AGGREGATIONS
 from spark_jax.verification.pipeline import aggregate_first, generate_solutions, verify_solutions
@@ -55,6 +56,8 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     # Process 0's; the others have no use for them, and a record of each response is a lot to send.
     solutions: list[Solution] = []
     verified: list[VerifiedSolution] = []
+    options = configuration.decode_options(config)
+    generated, checked = DecodeStatistics(), DecodeStatistics()
 
     def generate(sample: Sample) -> None:
         solutions[:] = generate_solutions(
@@ -70,7 +73,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(done, 2 * total)),
         )
 
-    processes.lead(generate, text_sampler(model, configuration.decode_options(config)))
+    processes.lead(generate, text_sampler(model, options, generated))
     if (verifier := config.verify.model or config.model) != model.name:
         del model  # there need not be room for both
         model = loading.load_text_model(config, verifier)
@@ -91,7 +94,10 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             on_progress=on_progress and (lambda done, total: on_progress(total + done, 2 * total)),
         )
 
-    processes.lead(verify, text_sampler(model, configuration.decode_options(config)))
+    processes.lead(verify, text_sampler(model, options, checked))
+    if processes.is_main():
+        busy = {"generate": generated.means(), "verify": checked.means()}
+        (path / "decoding.json").write_text(json.dumps(busy, indent=2) + "\n")
     return finish(config, task, folder, problems, solutions, verified)
 
 

@@ -40,6 +40,7 @@ def main(
 
     def start(_: Sequence[str]) -> None:
         absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
+        compiled = _Compiled()
         make_or_refuse("several processes", processes.start)
         make_or_refuse("preemption", preemption.listen)
         quiet_unless_main()
@@ -53,6 +54,7 @@ def main(
                 run(flag.value, path, on_progress)
         processes.finish()
         note_completion()
+        say(f"{path}: {compiled}")
         say(f"{path}: complete")
 
     def guarded(arguments: Sequence[str]) -> None:
@@ -79,6 +81,22 @@ def say(text: str) -> None:
     """A line on stderr, of process 0."""
     if processes.is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+class _Compiled:
+    """Counts what XLA compiles in this process from now on."""
+
+    def __init__(self) -> None:
+        self.programs, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def __str__(self) -> str:
+        return f"{self.programs} programs compiled, in {self.seconds:.0f} s of all threads"
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.programs += 1
+            self.seconds += duration_secs
 
 
 COMPLETED = "SPARK_JAX_COMPLETED"

@@ -119,6 +119,8 @@ def make_batch(
         "response/finished": rollout.finished.mean(),
         "response/trained_on": inputs.mask.any(axis=1).mean(),
         "decode/slot_occupancy": rollout.slot_occupancy,
+        "decode/queue_occupancy": rollout.queue_occupancy,
+        "decode/shared_prefix": rollout.shared_prefix,
     }
     return batch, metrics
 

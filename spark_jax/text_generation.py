@@ -50,11 +50,41 @@ class DecodeOptions:
     slots_per_lane: int | None = None
 
 
-def text_sampler(model: TextModel, options: DecodeOptions | None = None) -> Sample:
+class DecodeStatistics:
+    """How busy the decoder was over several rollouts: means over its steps."""
+
+    def __init__(self) -> None:
+        self._steps, self._busy, self._queued, self._prefixes = 0, 0.0, 0.0, 0.0
+
+    def add(self, rollout: decoding.Rollout) -> None:
+        steps = int(rollout.decode_steps)
+        self._steps += steps
+        self._busy += steps * float(rollout.slot_occupancy)
+        self._queued += steps * float(rollout.queue_occupancy)
+        self._prefixes += steps * float(rollout.shared_prefix)
+
+    def means(self) -> dict[str, float]:
+        """As `Rollout` has them; {} where nothing was decoded."""
+        if not self._steps:
+            return {}
+        return {
+            "decode_steps": self._steps,
+            "slot_occupancy": self._busy / self._steps,
+            "queue_occupancy": self._queued / self._steps,
+            "shared_prefix": self._prefixes / self._steps,
+        }
+
+
+def text_sampler(
+    model: TextModel,
+    options: DecodeOptions | None = None,
+    statistics: DecodeStatistics | None = None,
+) -> Sample:
     """The function through which a stage sees a model: texts and settings in, samples out.
 
     A prompt that is too long for the model (`longest_prompt`) gets samples without a text, not
-    finished, so that no run dies of one; they are counted in the log.
+    finished, so that no run dies of one; they are counted in the log. `statistics` sees all that is
+    decoded.
     """
     options = options or DecodeOptions()
 
@@ -84,6 +114,8 @@ def text_sampler(model: TextModel, options: DecodeOptions | None = None) -> Samp
             key=seed_key(seed),
             options=options,
         )
+        if statistics is not None:
+            statistics.add(rollout)
         samples = iter(rollout_texts(rollout, model.tokenizer))
         for row in asked:
             groups[row] = [next(samples) for _ in range(samples_per_prompt)]

@@ -9,11 +9,11 @@ from spark_jax.experiments import configuration, loading
 CHANGES = {
     "rl.reward": "rule_based",
     "rl.advantage": "spro",
-    "rl.steps": 2,
+    "rl.steps": 3,
     "rl.num_problems": 16,
     "rl.prompts_per_step": 4,
     "rl.group_size": 4,
-    "rl.evaluate_every": 2,
+    "rl.evaluate_every": 3,
     "rl.save_every": 1,
     "evaluate.num_problems": 4,
     "evaluate.samples_per_problem": 2,

@@ -34,7 +34,7 @@ Template = tuple[Float[Array, "G K C"], Float[Array, "G C K"]]
 
 
 def causal(
-    segment_ids: Int[Array, "B T"], implementation: str, dtype: Any
+    segment_ids: Int[Array, "B T"], implementation: str, dtype: Any, before: int = 0
 ) -> Callable[[Array, Array, Array, Template | None], Float[Array, "B T H K"]]:
     """A function of queries [B, T, H, K], keys and values [B, T, G, K], and a template or None.
 
@@ -45,9 +45,10 @@ def causal(
       implementation: a value of `ModelConfig.attention`; "auto" takes "dense" below `LONG` tokens,
         and above it what suits the platform: "splash" on TPU, "cudnn" on GPU in bfloat16, else
         "blockwise". Here "triton" is "auto".
+      before: tokens of the template, which count among those.
     """
     if implementation in ("auto", "triton"):
-        implementation = _fitting(segment_ids.shape[1], dtype)
+        implementation = _fitting(before + segment_ids.shape[1], dtype)
     if implementation == "dense":
         mask = _causal_mask(segment_ids)
         return lambda q, k, v, template: _attend(q, k, v, mask, template)

@@ -200,7 +200,8 @@ def prefill(
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     start = 0 if template is None else template.length
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    causal = attention.causal(valid.astype(jnp.int32), config.attention, config.compute_dtype)
+    segments = valid.astype(jnp.int32)
+    causal = attention.causal(segments, config.attention, config.compute_dtype, start)
 
     def attend(q: Array, k: Array, v: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
         return causal(q, k, v, before), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))

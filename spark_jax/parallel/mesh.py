@@ -34,13 +34,17 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices))
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    if devices[0].platform != "tpu" or len(slices) == 1:
-        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    elif sizes[0] % len(slices):
+    if devices[0].platform == "tpu" and sizes[0] % len(slices):
         raise ValueError(
             f"mesh axis data={sizes[0]} is not a multiple of the {len(slices)} TPU slices that it "
             f"spans; choose a multiple of {len(slices)}"
         )
+    if any(getattr(device, "core_on_chip", 0) for device in devices):
+        # Only a compiler without a TPU has the two cores of a v4 chip as devices of their own, for
+        # which jax knows no mesh; they come slice by slice.
+        array = np.array(devices).reshape(sizes)
+    elif devices[0].platform != "tpu" or len(slices) == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         array = mesh_utils.create_hybrid_device_mesh(
             (sizes[0] // len(slices), *sizes[1:]),

@@ -407,6 +407,24 @@ def test_a_mesh_on_the_command_line():
         compile_for_pod.parse_mesh("16x4")
 
 
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "num_slices", "mesh"),
+    [
+        ("v4:2x2x1", 1, {"fsdp": 4, "tensor": 2}),
+        ("v5e:2x2", 2, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_two_cores_a_chip_and_several_slices(small, topology, num_slices, mesh):
+    (row,) = compile_for_pod.compile_programs(
+        small, topology, mesh, num_slices=num_slices, programs=["rl/policy_step"]
+    )
+    assert row.get("error") is None
+    assert row["fits"]
+    assert row["collectives"]
+
+
 RECORDED_WITH = {"jax": "0.10.2", "libtpu": "0.0.42.1"}
 
 

@@ -54,6 +54,7 @@ from spark_jax.experiments.configuration import ConfigError
         ({"rl.keep_every": 0}, "rl.keep_every=0; it must be at least 1"),
         ({"prm.save_every": 0}, "prm.save_every=0; it must be at least 1"),
         ({"generate.shard": (0, 2)}, r"generate.shard=\(0, 2\): a pipeline makes all of stage I"),
+        ({"run_dir": "gs://bucket/runs"}, "run_dir='gs://bucket/runs' is not a folder; mount"),
         ({"mesh.tensor": 2}, "^mesh .*spans 2 devices, but there are 1; choose sizes"),
         ({"rl.evaluate_every": 0}, "rl.evaluate_every=0"),
         ({"rl.temperature": 0.7}, "rl.temperature=0.7; it must be 1"),

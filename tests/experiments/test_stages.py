@@ -19,6 +19,13 @@ from spark_jax.parallel import processes
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 
+def test_stage1_says_how_busy_the_decoder_was(stage1):
+    busy = json.loads((stage1 / "decoding.json").read_text())
+    for what in ("generate", "verify"):
+        assert busy[what]["decode_steps"] > 0
+        assert 0 < busy[what]["slot_occupancy"] <= busy[what]["queue_occupancy"] <= 1
+
+
 def test_stage1_reports_every_method(tiny, stage1):
     summary = json.loads((stage1 / "summary.json").read_text())
     assert set(summary["methods"]) == set(AGGREGATIONS)

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
 from jax.experimental.pallas import tpu as pltpu
 
 from spark_jax.kernels import prefix_decode_attention as kernels
 from spark_jax.kernels import prefix_decode_attention_gpu
-from spark_jax.models import attention
-from spark_jax.models.cache import Segment
+from spark_jax.models import attention, transformer
+from spark_jax.models.cache import Segment, Template
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 75, 4, 2, 8
 DTYPE = jnp.dtype("float32")
@@ -223,6 +224,26 @@ def test_length_and_platform_choose(monkeypatch):
         "splash",
     ]
     assert chosen(long, "gpu", "float32") == "blockwise"
+
+
+def test_a_template_counts_as_length():
+    """A prefill that follows one holds no more scores at once than one of the whole length."""
+    template, own = 64, attention.LONG - 64
+    config = tiny_model.CONFIG
+    heads, width = config.num_kv_heads, config.head_dim
+    before = Template(
+        jnp.zeros((config.num_layers, heads, width, template)),
+        jnp.zeros((config.num_layers, heads, template, width)),
+    )
+    tokens, lengths = jnp.zeros((1, own), jnp.int32), jnp.full(1, own)
+
+    def prefill(before):
+        arguments = (tiny_model.params(), config, tokens, lengths, before)
+        return str(jax.make_jaxpr(lambda: transformer.prefill(*arguments))())
+
+    assert f"{own},{own}]" in prefill(None)  # below the limit all scores are held
+    assert f"{own},{own}]" not in prefill(before)
+    assert f"{own},{attention.LONG}]" not in prefill(before)
 
 
 @pytest.mark.usefixtures("optimised")
