@@ -374,7 +374,10 @@ def _head(setting: Setting, gradient: bool) -> list[Contender]:
     size = setting.size
     contenders = []
     for dtype in ("float32", "bfloat16"):
-        for implementation, name in (("full", "full log-softmax"), ("blocks", "linear_logprob")):
+        programs = {"full": "full log-softmax", "blocks": "linear_logprob"}
+        if setting.platform == "gpu":
+            programs["pallas_gpu"] = "linear_logprob by Triton"
+        for implementation, name in programs.items():
             job = _common(setting, "head", dtype) | {
                 "rows": size.scored,
                 "implementation": implementation,

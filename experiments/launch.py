@@ -40,7 +40,7 @@ def main(
 
     def start(_: Sequence[str]) -> None:
         absl.logging.set_verbosity(absl.logging.WARNING)  # orbax reports every step at INFO
-        compiled = _Compiled()
+        compiled = CompiledPrograms()
         make_or_refuse("several processes", processes.start)
         make_or_refuse("preemption", preemption.listen)
         quiet_unless_main()
@@ -83,7 +83,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class _Compiled:
+class CompiledPrograms:
     """Counts what XLA compiles in this process from now on."""
 
     def __init__(self) -> None:

@@ -123,6 +123,7 @@ def head(job: Job) -> Run:
     logprobs = {
         "full": _full_log_softmax,
         "blocks": lambda *inputs: linear_logprob(*inputs)[0],
+        "pallas_gpu": lambda *inputs: linear_logprob(*inputs, implementation="pallas_gpu")[0],
     }[job["implementation"]]
     function: Callable[..., Any] = logprobs
     if job["gradient"]:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from spark_jax.experiments import configuration, pipeline
+from spark_jax.experiments import configuration, launch, pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -15,12 +15,18 @@ def results(tmp_path_factory):
     config = configuration.changed(
         configuration.load_config("configs/demo.py"), {"pipeline.seeds": (0,)}
     )
-    yield pipeline.run(config, tmp_path_factory.mktemp("demo"))
+    compiled = launch.CompiledPrograms()
+    yield pipeline.run(config, tmp_path_factory.mktemp("demo")) | {"compiled": compiled.programs}
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 def after(results, arm):
     return results["stage3"][arm]["after"]["estimate"]
+
+
+def test_few_programs_are_compiled(results):
+    """Most are a single operation; a shape or a setting too many would be dozens of each."""
+    assert results["compiled"] < 700
 
 
 def test_verifier_is_good_enough_to_vote(results):
