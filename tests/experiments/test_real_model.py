@@ -101,7 +101,7 @@ def config(base):
     )
 
 
-def answers_by_rule(model, options):
+def answers_by_rule(model, options, statistics):
     """In place of `text_sampler`: solutions with errors, and verifications by their truth."""
 
     def sample(prompts, *, samples_per_prompt, settings, seed):
