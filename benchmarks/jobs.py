@@ -192,9 +192,10 @@ def decode_attention(setting: Setting) -> list[Contender]:
             "columns": size.limit,
             "calls": 32,
         }
-        seen = job["lanes"] * job["prompt"], job["slots"] * job["columns"] // 2
-        pairs = 4 * seen[0] + seen[1]
-        cost = roofline.decode_attention(setting.model, dtype, sum(seen), pairs, job["calls"])
+        written = job["columns"] // 2
+        tokens = job["lanes"] * job["prompt"] + job["slots"] * written
+        pairs = job["slots"] * (job["prompt"] + written)
+        cost = roofline.decode_attention(setting.model, dtype, tokens, pairs, job["calls"])
         contenders.append(Contender(f"ours, {name}", "ours", job, cost=cost))
     return [*contenders, *_probes(setting)]
 

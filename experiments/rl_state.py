@@ -60,9 +60,10 @@ def _arrays(config: Config, at: RLState) -> Any:
     if config.rl.reference_decay is not None:
         parts["reference"] = at.reference
     if config.rl.one_step_off_policy:
-        rows = config.rl.prompts_per_step * config.rl.group_size
-        parts["pending"] = decoding.no_samples(rows, config.decode.max_new_tokens)
-        if at.pending is not None:
+        if at.pending is None:
+            rows = config.rl.prompts_per_step * config.rl.group_size
+            parts["pending"] = decoding.no_samples(rows, config.decode.max_new_tokens)
+        else:
             parts["pending"] = decoding.samples_of(at.pending.rollout)
     return parts if len(parts) > 1 else at.train
 

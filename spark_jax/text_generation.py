@@ -54,25 +54,21 @@ class DecodeStatistics:
     """How busy the decoder was over several rollouts: means over its steps."""
 
     def __init__(self) -> None:
-        self._steps, self._busy, self._queued, self._prefixes = 0, 0.0, 0.0, 0.0
+        self._steps = 0
+        self._sums = dict.fromkeys(("slot_occupancy", "queue_occupancy", "shared_prefix"), 0.0)
 
     def add(self, rollout: decoding.Rollout) -> None:
         steps = int(rollout.decode_steps)
         self._steps += steps
-        self._busy += steps * float(rollout.slot_occupancy)
-        self._queued += steps * float(rollout.queue_occupancy)
-        self._prefixes += steps * float(rollout.shared_prefix)
+        for name in self._sums:
+            self._sums[name] += steps * float(getattr(rollout, name))
 
     def means(self) -> dict[str, float]:
         """As `Rollout` has them; {} where nothing was decoded."""
         if not self._steps:
             return {}
-        return {
-            "decode_steps": self._steps,
-            "slot_occupancy": self._busy / self._steps,
-            "queue_occupancy": self._queued / self._steps,
-            "shared_prefix": self._prefixes / self._steps,
-        }
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        return {"decode_steps": self._steps} | means
 
 
 def text_sampler(

@@ -135,7 +135,8 @@ def test_bfloat16_products_accumulate_in_float32():
     """Without it they are wrong, and on CPU slower than float32."""
     lowered, _ = decode_program("bfloat16", 1)
     results = dots(lowered.as_text())
-    assert len(results) > 6  # newer jax writes equal ones once
+    # Newer jax writes equal ones once.
+    assert len(results) > (10 if jax.__version_info__ < (0, 11) else 6)
     assert set(results) == {"f32"}
     config = dataclasses.replace(DECODED, dtype="bfloat16")
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
