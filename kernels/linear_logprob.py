@@ -1,6 +1,6 @@
 """Hidden states × vocabulary matrix → log-probabilities, without ever holding [N, V].
 
-The reference ("xla") walks the tokens in blocks: a block's [block, V] scores live only while its
+The reference ("xla") walks tiles of tokens and words, whose scores live only while their
 log-sum-exp, entropy and target score are taken, and are computed again in the backward pass. Peak
 temporaries are a few block · V floats instead of N · V.
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
+from spark_jax.kernels import linear_logprob_xla
 from spark_jax.parallel.sharding import mesh_in_scope, platform, spec, vocab_shards
 
 _VMEM_FOR_SCORES = 100 * 2**20  # bytes, of the 128 MiB of v5e and v6e
@@ -40,10 +41,12 @@ def linear_logprob(
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """log softmax(hidden · vocab_matrix)[targets] and the log-sum-exp, in nats and float32.
 
-    Differentiable in hidden and vocab_matrix. `block` is the number of tokens whose scores are held
-    at once ("xla" only; the kernels choose). With `vocab_major` the matrix is [V, D], as a tied
-    embedding lies in memory: transposing one before a kernel would copy it. `implementation` is a
-    key of IMPLEMENTATIONS; None takes `default_implementation`.
+    Differentiable in hidden and vocab_matrix. Multiplied in hidden's dtype, summed in float32: a
+    matrix that is wider, such as the float32 master of a bfloat16 computation, is rounded for it.
+    `block · V` is the number of scores held at once ("xla" only; the kernels choose). With
+    `vocab_major` the matrix is [V, D], as a tied embedding lies in memory: transposing one before a
+    kernel would copy it. `implementation` is a key of IMPLEMENTATIONS; None takes
+    `default_implementation`.
     """
     logprob, logsumexp, _ = linear_logprob_and_entropy(
         hidden,
@@ -83,6 +86,8 @@ def linear_logprob_and_entropy(
             f"expected {expected}"
         )
     compute, mesh = IMPLEMENTATIONS[implementation], mesh_in_scope()
+    if mesh is not None or implementation != "xla":
+        vocab_matrix = vocab_matrix.astype(hidden.dtype)
     if mesh is None:
         return compute(hidden, vocab_matrix, targets, block, vocab_major)
     return _on_mesh(compute, mesh, hidden, vocab_matrix, targets, block, vocab_major)
@@ -147,38 +152,12 @@ def _join(part: LogProbs, here: Bool[Array, " N"], axis: str) -> LogProbs:
     return chosen - logsumexp, logsumexp, logsumexp - mean_score
 
 
-def _xla(
-    hidden: Array, vocab_matrix: Array, targets: Array, block: int, vocab_major: bool
-) -> LogProbs:
-    n, width = hidden.shape
-    equation = "nd,vd->nv" if vocab_major else "nd,dv->nv"
-    block = max(1, min(block, n))  # no tokens: no blocks, and empty arrays
-    padding = -n % block
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, block, width)
-    targets = jnp.pad(targets, (0, padding)).reshape(-1, block)
-
-    @jax.checkpoint
-    def one_block(rows: tuple[Array, Array]) -> LogProbs:
-        h, target = rows
-        scores = jnp.einsum(equation, h, vocab_matrix, preferred_element_type=jnp.float32)
-        logsumexp = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, target[:, None], axis=-1)[:, 0]
-        mean_score = jnp.sum(jnp.exp(scores - logsumexp[:, None]) * scores, axis=-1)
-        return chosen - logsumexp, logsumexp, logsumexp - mean_score
-
-    logprob, logsumexp, entropy = jax.lax.map(one_block, (hidden, targets))
-    return logprob.reshape(-1)[:n], logsumexp.reshape(-1)[:n], entropy.reshape(-1)[:n]
-
-
 def _pallas_tpu(
     hidden: Array, vocab_matrix: Array, targets: Array, block: int, vocab_major: bool
 ) -> LogProbs:
     from spark_jax.kernels import linear_logprob_tpu
 
-    dtype = jnp.promote_types(hidden.dtype, vocab_matrix.dtype)
-    return linear_logprob_tpu.linear_logprob_and_entropy(
-        hidden.astype(dtype), vocab_matrix.astype(dtype), targets, vocab_major
-    )
+    return linear_logprob_tpu.linear_logprob_and_entropy(hidden, vocab_matrix, targets, vocab_major)
 
 
 def _pallas_gpu(
@@ -186,14 +165,13 @@ def _pallas_gpu(
 ) -> LogProbs:
     from spark_jax.kernels import linear_logprob_gpu
 
-    dtype = jnp.promote_types(hidden.dtype, vocab_matrix.dtype)
     return linear_logprob_gpu.linear_logprob_and_entropy(
-        hidden.astype(dtype), vocab_matrix.astype(dtype), targets, block, vocab_major
+        hidden, vocab_matrix, targets, block, vocab_major
     )
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, int, bool], LogProbs]] = {
-    "xla": _xla,
+    "xla": linear_logprob_xla.linear_logprob_and_entropy,
     "pallas_tpu": _pallas_tpu,
     "pallas_gpu": _pallas_gpu,
 }

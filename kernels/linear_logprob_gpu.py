@@ -1,8 +1,8 @@
 """`linear_logprob` for NVIDIA GPUs: the forward pass in Pallas (Triton), without temporaries.
 
 A program holds one block of tokens and walks one share of the vocabulary; the shares of a token
-are joined afterwards. The backward pass is plain blocked JAX: three matrix products per block of
-tokens, which cuBLAS does best.
+are joined afterwards. The backward pass is that of `linear_logprob_xla`: three matrix products per
+tile, which cuBLAS does best.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
+
+from spark_jax.kernels import linear_logprob_xla
 
 _NEVER = -1e30  # below every score; finite, so that differences are never NaN
 _TOKENS, _WORDS, _DEPTH = 64, 128, 64  # a tile of scores, and how much of the width at once
@@ -30,8 +32,8 @@ def linear_logprob_and_entropy(
     vocab_major: bool,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """See `linear_logprob.linear_logprob_and_entropy`; both matrices of one dtype. `block` tokens
-    at a time in the backward pass; `interpret` goes to `pallas_call`."""
+    """See `linear_logprob.linear_logprob_and_entropy`; both matrices of one dtype. `block` is
+    for the backward pass; `interpret` goes to `pallas_call`."""
     n, width = hidden.shape
     vocab = vocab_matrix.shape[0 if vocab_major else 1]
     if n == 0 or vocab == 0:
@@ -136,37 +138,9 @@ def _forward(
 
 
 def _backward(
-    block: int,
-    vocab_major: bool,
-    interpret: Any,
-    residuals: tuple[Array, ...],
-    gradients: tuple[Array, ...],
+    block: int, vocab_major: bool, interpret: Any, *arguments: Any
 ) -> tuple[Array, Array, None]:
-    """The equations of `linear_logprob_tpu`, a block of tokens at a time."""
-    hidden, matrix, targets, logsumexp, entropy = residuals
-    g_logprob, g_logsumexp, g_entropy = gradients
-    n, width = hidden.shape
-    block = max(1, min(block, n))
-    constant = g_logsumexp - g_logprob - g_entropy * entropy
-    rows = (hidden, targets, logsumexp, constant, g_entropy, g_logprob)
-    blocks = tuple(
-        jnp.pad(x, ((0, -n % block), *[(0, 0)] * (x.ndim - 1))).reshape(-1, block, *x.shape[1:])
-        for x in rows
-    )
-    words = "vd" if vocab_major else "dv"
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def one(d_matrix: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        h, target, logsumexp, constant, g_entropy, g_logprob = rows
-        z = dot(f"nd,{words}->nv", h, matrix) - logsumexp[:, None]
-        d = jnp.exp(z) * (constant[:, None] - g_entropy[:, None] * z)
-        hit = jnp.arange(z.shape[1])[None, :] == target[:, None]
-        d = (d + jnp.where(hit, g_logprob[:, None], 0.0)).astype(h.dtype)
-        d_matrix = d_matrix + dot(f"nd,nv->{words}", h, d)
-        return d_matrix, dot(f"nv,{words}->nd", d, matrix).astype(h.dtype)
-
-    d_matrix, d_hidden = jax.lax.scan(one, jnp.zeros(matrix.shape, jnp.float32), blocks)
-    return d_hidden.reshape(-1, width)[:n], d_matrix.astype(matrix.dtype), None
+    return linear_logprob_xla.backward(block, vocab_major, *arguments)
 
 
 linear_logprob_and_entropy.defvjp(_forward, _backward)

@@ -47,8 +47,8 @@ def token_logprobs_and_entropy(
     """Log-prob of each next token and entropy of its distribution, temperature 1.
 
     Values are finite everywhere but mean something only where a token and its successor lie in the
-    same segment; mask them before use. `chunk` tokens at a time have their scores over the
-    vocabulary held, by each device of a mesh; None: `tokens_at_once`.
+    same segment; mask them before use. As many scores as `chunk` tokens have over the vocabulary
+    are held at once, by each device of a mesh; None: `tokens_at_once`.
     """
     hidden = transformer.forward(params, config, tokens, positions, segment_ids)
     return _next_token(params, config, hidden[:, :-1], tokens[:, 1:], chunk)
@@ -117,16 +117,9 @@ def _next_token(
     matrix = params.embedding if tied else params.head
     logprobs, _, entropy = linear_logprob_and_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        matrix.astype(config.compute_dtype),
+        matrix,
         targets.reshape(-1),
-        block=_block(own_tokens, own_vocab) if chunk is None else chunk,
+        block=min(own_tokens, tokens_at_once(own_vocab)) if chunk is None else chunk,
         vocab_major=tied,  # as it lies in memory: turned, it would be copied
     )
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
-
-
-def _block(tokens: int, vocab_size: int) -> int:
-    """Tokens of a block, such that the last one is about as full as the others: what fills it up is
-    computed like the rest."""
-    blocks = max(-(-tokens // tokens_at_once(vocab_size)), 1)
-    return -(-tokens // (8 * blocks)) * 8

@@ -91,13 +91,6 @@ def test_tokens_at_once_fit_the_budget():
     assert scoring.tokens_at_once(11) % 64 == 0
 
 
-def test_blocks_fit_the_budget_and_are_filled():
-    for tokens in (1, 255, 1024, 2048, 4095, 100_000):
-        block = scoring._block(tokens, 49152)
-        assert block <= scoring.tokens_at_once(49152)
-        assert -(-tokens // block) * block <= 1.03 * tokens + 7
-
-
 def test_scoring_4096_tokens_takes_a_quarter_gigabyte_of_temporaries(optimised):
     """At the vocabulary and width of SmolLM2, compiled only."""
     config = ModelConfig(49152, 576, 1, 9, 3, 64, 1536)
@@ -123,8 +116,7 @@ def test_no_scores_over_all_tokens_are_held(optimised):
         logprobs, entropy = scoring.token_logprobs_and_entropy(p, config, tokens, chunk=32)
         return jnp.sum(logprobs + entropy)
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-    text = compiled.as_text()
-    assert "[32,1031]" in text
-    for shape in ("[256,1031]", "[4,64,1031]", "[8,32,1031]"):
+    text = jax.jit(jax.value_and_grad(loss)).lower(params).compile().as_text()
+    assert "[64,344]" in text  # about as many scores as 32 tokens have, of all words
+    for shape in ("[256,1031]", "[4,64,1031]", "[256,344]", "[4,64,344]"):
         assert shape not in text

@@ -38,6 +38,48 @@ def test_closed_form_for_any_block(block):
     np.testing.assert_array_equal(pair[1], logsumexp)
 
 
+@pytest.mark.parametrize(("n", "block"), [(7, 3), (7, 6), (50, 20), (9, 100)])
+@pytest.mark.parametrize("vocab_major", [False, True])
+def test_tiles_of_words_that_do_not_divide_the_vocabulary(n, block, vocab_major):
+    """Against full log-softmax and its gradient."""
+    hidden, matrix, targets = inputs(n=n, vocab=1301)
+    matrix = matrix.T if vocab_major else matrix
+
+    def whole(h, m):
+        log_p = jax.nn.log_softmax(h @ (m.T if vocab_major else m))
+        logsumexp = jax.nn.logsumexp(h @ (m.T if vocab_major else m), axis=1)
+        chosen = jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
+        return chosen, logsumexp, -jnp.sum(jnp.exp(log_p) * log_p, axis=1)
+
+    def tiled(h, m):
+        return linear_logprob_and_entropy(h, m, targets, block=block, vocab_major=vocab_major)
+
+    weights = jax.random.normal(jax.random.key(1), (3, n))
+    for function in (lambda f: f, lambda f: _gradients(f, weights)):
+        got, expected = function(tiled)(hidden, matrix), function(whole)(hidden, matrix)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_the_gradient_of_a_wider_matrix_is_not_rounded():
+    """bfloat16 hidden states against float32 words: sums over 4096 tokens of one word, of which
+    bfloat16 would keep 8 bits, or none once the sum is 256 times a term."""
+    hidden = jnp.ones((4096, 2), jnp.bfloat16)
+    matrix, targets = jnp.zeros((2, 3)), jnp.zeros(4096, jnp.int32)
+    gradient = jax.grad(lambda m: jnp.sum(linear_logprob(hidden, m, targets, block=64)[0]))(matrix)
+    assert gradient.dtype == jnp.float32
+    third = float(jnp.bfloat16(1 / 3))
+    np.testing.assert_allclose(gradient[:, 1], -4096 * third, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, 0], 4096 * float(jnp.bfloat16(2 / 3)), rtol=1e-6)
+
+
+def _gradients(function, weights):
+    def loss(h, m):
+        return sum(jnp.sum(w * x) for w, x in zip(weights, function(h, m), strict=True))
+
+    return jax.grad(loss, argnums=(0, 1))
+
+
 def test_gradients_by_finite_differences():
     hidden, matrix, targets = inputs(n=5, width=3, vocab=4)
 
