@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spark_jax.kernels.prefix_decode_attention import prefix_decode_attention
 from spark_jax.models.cache import Rounded, Segment
+from spark_jax.models.dot import activation_dot
 from spark_jax.parallel.sharding import mesh_in_scope, platform, spec
 
 LONG = 4096  # tokens
@@ -357,12 +358,12 @@ def _attend(
     """
     b, t, h, d = q.shape
     folded = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
-    scores = jnp.einsum("btgqk,bsgk->bgqts", folded, k, preferred_element_type=jnp.float32)
+    scores = activation_dot("btgqk,bsgk->bgqts", folded, k)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
 
     def weigh(weights: Array) -> Array:
         weights = weights.reshape(scores.shape)
-        out = jnp.einsum("bgqts,bsgk->bgqtk", weights, v, preferred_element_type=jnp.float32)
+        out = activation_dot("bgqts,bsgk->bgqtk", weights, v)
         return out.reshape(*out.shape[:2], -1, d)
 
     parts: list[_Part] = [(scores.reshape(b, k.shape[2], -1, k.shape[1]), weigh)]

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from spark_jax.parallel.sharding import mesh_in_scope, platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dot(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """einsum(equation, x, weight) in float32, multiplied in x's dtype.
 
@@ -29,29 +28,44 @@ def dot(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> F
     Args:
       equation: "x,weight->out" without ellipses; every letter stands in two of the three.
     """
-    return _dot(equation, x, weight.astype(x.dtype), _over_devices(x.dtype)).astype(jnp.float32)
+    return _product(equation, _over_devices(x.dtype), x, weight)
 
 
-def _forward(equation: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return dot(equation, x, weight), (x, weight)
+def activation_dot(
+    equation: str, x: Float[Array, "..."], y: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """The same of two activations, as in attention, where no device has a part of a sum; letters
+    may stand in all three."""
+    return _product(equation, jnp.float32, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(equation: str, dtype: Any, x: Array, y: Array) -> Array:
+    """`dtype` is what devices send one another."""
+    return _einsum(equation, x, y.astype(x.dtype), dtype).astype(jnp.float32)
+
+
+def _forward(equation: str, dtype: Any, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(equation, dtype, x, y), (x, y)
 
 
 def _backward(
-    equation: str, operands: tuple[Array, Array], cotangent: Array
+    equation: str, dtype: Any, operands: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
-    x, weight = operands
+    x, y = operands
     inputs, out = equation.split("->")
-    x_axes, weight_axes = inputs.split(",")
+    x_axes, y_axes = inputs.split(",")
     cotangent = cotangent.astype(x.dtype)
     # x first: XLA:CPU transposes x, which is narrow, rather than the cotangent of a wide layer.
-    weight_gradient = _dot(f"{x_axes},{out}->{weight_axes}", x, cotangent)
-    x_gradient = _dot(
-        f"{out},{weight_axes}->{x_axes}", cotangent, weight.astype(x.dtype), _over_devices(x.dtype)
-    )
-    return x_gradient.astype(x.dtype), weight_gradient.astype(weight.dtype)
+    y_gradient = _einsum(f"{x_axes},{out}->{y_axes}", x, cotangent, jnp.float32)
+    x_gradient = _einsum(f"{out},{y_axes}->{x_axes}", cotangent, y.astype(x.dtype), dtype)
+    return x_gradient.astype(x.dtype), y_gradient.astype(y.dtype)
 
 
-def _dot(equation: str, x: Array, y: Array, dtype: Any = jnp.float32) -> Array:
+_product.defvjp(_forward, _backward)
+
+
+def _einsum(equation: str, x: Array, y: Array, dtype: Any) -> Array:
     return jnp.einsum(equation, x, y, preferred_element_type=dtype)
 
 
@@ -62,6 +76,3 @@ def _over_devices(dtype: Any) -> Any:
     mesh = mesh_in_scope()
     several = mesh is not None and mesh.shape.get("tensor", 1) > 1
     return dtype if several and platform() == "tpu" else jnp.float32
-
-
-dot.defvjp(_forward, _backward)

@@ -27,7 +27,7 @@ from spark_jax.models import attention, rotary
 from spark_jax.models.cache import Cache, PromptCache, Segment, Template
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.dot import dot
-from spark_jax.parallel.sharding import constrain
+from spark_jax.parallel.sharding import constrain, platform
 
 
 @flax.struct.dataclass
@@ -322,7 +322,7 @@ def _run(
     else:
         body = jax.checkpoint(step) if config.remat else step
         x, collected = jax.lax.scan(body, x, (params.layers, per_layer))
-    return _rms_norm(x, params.final_norm, config.norm_eps), collected
+    return _rms_norm(x, params.final_norm, config), collected
 
 
 def _scan_in_place(
@@ -350,7 +350,7 @@ def _embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Fl
     """Each device looks tokens up in the part of the table that it has."""
     table = constrain(params.embedding, ("vocab", "width"))
     rows = jnp.take(table, constrain(tokens, _ONE_TOKEN[:2]), axis=0)
-    return constrain(rows, _ONE_TOKEN).astype(config.compute_dtype)
+    return constrain(rows, _ONE_TOKEN).astype(_between_products(config))
 
 
 def _layer(
@@ -362,19 +362,30 @@ def _layer(
     stream: Names,
 ) -> tuple[Float[Array, "B T D"], Any]:
     layer = _constrain_layer(layer, config)
-    h = _rms_norm(x, layer.attention_norm, config.norm_eps)
-    q, k, v = _queries_keys_values(h, layer, config)
+    dtype = _between_products(config)
+    h = _rms_norm(x, layer.attention_norm, config)
+    q, k, v = (y.astype(dtype) for y in _queries_keys_values(h, layer, config))
     q = constrain(q, ("batch", "length", "heads", None))
-    k, v = (constrain(x, ("batch", "length", "kv_heads", None)) for x in (k, v))
+    k, v = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (k, v))
     if config.qk_norm:
-        q = _rms_norm(q, layer.query_norm, config.norm_eps)
-        k = _rms_norm(k, layer.key_norm, config.norm_eps)
-    attended, output = attend(_rotate(q, angles), _rotate(k, angles), v)
+        q = _rms_norm(q, layer.query_norm, config)
+        k = _rms_norm(k, layer.key_norm, config)
+    q, k = (_rotate(y, angles).astype(config.compute_dtype) for y in (q, k))
+    attended, output = attend(q, k, v.astype(config.compute_dtype))
     attended = constrain(attended, ("batch", "length", "heads", None))
-    x = constrain(x + _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias), stream)
-    h = _rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate, up = (constrain(y, (*stream[:2], "mlp")) for y in _gate_and_up(h, layer))
-    return constrain(x + down(jax.nn.silu(gate) * up, layer), stream), output
+    added = _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
+    x = constrain((x + added).astype(dtype), stream)
+    h = _rms_norm(x, layer.mlp_norm, config)
+    gate, up = (constrain(y.astype(dtype), (*stream[:2], "mlp")) for y in _gate_and_up(h, layer))
+    gated = (jax.nn.silu(gate) * up).astype(config.compute_dtype)
+    return constrain((x + down(gated, layer)).astype(dtype), stream), output
+
+
+def _between_products(config: ModelConfig) -> Any:
+    """The dtype of the residual stream and of what else is no operand of a product. XLA:CPU
+    computes all of that in float32, and there it stays so: rounding it between would cost time and
+    digits. On accelerators it costs memory not to."""
+    return jnp.float32 if platform() == "cpu" else config.compute_dtype
 
 
 def _constrain_layer(layer: Layer | FusedLayer, config: ModelConfig) -> Layer | FusedLayer:
@@ -426,12 +437,12 @@ def _gate_and_up(
 
 
 def down(h: Float[Array, "B T F"], layer: Layer | FusedLayer) -> Float[Array, "B T D"]:
-    """The product that ends a layer's MLP."""
+    """The product that ends a layer's MLP, in float32."""
     if not isinstance(layer, FusedLayer) or layer.down.dtype != jnp.bfloat16:
         return _dot("btf,fd->btd", h, layer.down)
     if _is_one_narrow_row(h):
         return jax.lax.optimization_barrier(down(jnp.concatenate([h, h]), layer))[:1]
-    return _weight_first("df,btf->dbt", layer.down, h).astype(h.dtype)
+    return _weight_first("df,btf->dbt", layer.down, h)
 
 
 def _weight_first(
@@ -445,14 +456,12 @@ def _weight_first(
 
 
 def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Matrix product in x's dtype, accumulated in float32 (bfloat16 is slow and wrong without)."""
+    """Matrix product of x's dtype in float32 (bfloat16 sums are slow and wrong)."""
     if _is_one_narrow_row(x):
         twice = _dot(equation, jnp.concatenate([x, x]), weight, bias)
         return jax.lax.optimization_barrier(twice)[:1]
     out = dot(equation, x, weight)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+    return out if bias is None else out + bias.astype(jnp.float32)
 
 
 def _is_one_narrow_row(x: Array) -> bool:
@@ -462,10 +471,10 @@ def _is_one_narrow_row(x: Array) -> bool:
     return x.dtype == jnp.bfloat16 and x.shape[:row_axes] == (1,) * row_axes
 
 
-def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
+def _rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    return (wide * scale.astype(jnp.float32)).astype(config.compute_dtype)
 
 
 def _rotary_table(positions: Int[Array, "B T"], config: ModelConfig) -> tuple[Array, Array]:
@@ -489,7 +498,7 @@ def _refuse_unscaled_positions(length: int, config: ModelConfig) -> None:
 
 
 def _rotate(x: Float[Array, "B T H K"], angles: tuple[Array, ...]) -> Float[Array, "B T H K"]:
-    """Rotary embedding in the half-split layout of Hugging Face checkpoints."""
+    """Rotary embedding in the half-split layout of Hugging Face checkpoints, in float32."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
