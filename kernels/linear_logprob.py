@@ -132,6 +132,9 @@ def _on_mesh(
         part = compute(hidden, matrix_part, jnp.clip(index, 0, own - 1), block, vocab_major)
         return _join(part, here, over)
 
+    # So that the gradient of the matrix is scattered before that of hidden goes on: XLA would keep
+    # it whole until all layers have theirs.
+    hidden, vocab_matrix = jax.lax.optimization_barrier((hidden, vocab_matrix))
     rows = jax.sharding.PartitionSpec(tokens[0])
     run = jax.shard_map(
         on_one_device, in_specs=(tokens, matrix, rows), out_specs=(rows,) * 3, check_vma=False

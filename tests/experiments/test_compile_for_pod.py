@@ -433,7 +433,7 @@ RECORDED_WITH = {"jax": "0.10.2", "libtpu": "0.0.42.1"}
 @pytest.mark.parametrize(
     ("topology", "mesh", "temporaries"),  # GiB of a device
     [
-        ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, 8.07),
+        ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, 7.51),
         ("v6e:16x16", {"fsdp": 64, "tensor": 4}, 2.23),
     ],
 )
@@ -448,7 +448,7 @@ def test_the_policy_step_of_7b_fits(tmp_path, topology, mesh, temporaries):
         config, topology, mesh, programs=["rl/policy_step"], hlo_folder=str(tmp_path)
     )
     assert row["fits"], row
-    assert row["temporaries"] / 2**30 == pytest.approx(temporaries, rel=0.1)
+    assert row["temporaries"] / 2**30 == pytest.approx(temporaries, rel=0.03)
     (text,) = [file.read_text() for file in tmp_path.iterdir()]
     tokens = 64 // mesh["fsdp"] * config.decode.max_new_tokens
     # The vocabulary's matrix is wider than a row is long; gathered, each part is padded to tiles.
