@@ -46,7 +46,7 @@ from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
 from spark_jax.evaluation.processbench import ProcessBenchSample
-from spark_jax.experiments import checks, configuration, launch, loading, progress
+from spark_jax.experiments import checks, configuration, launch, loading, programs, progress
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
@@ -336,7 +336,7 @@ def score_in_batches(model: TextModel, tokens: np.ndarray, max_tokens: int = 2**
     return np.concatenate(scored)[:n, : length - 1]
 
 
-@functools.lru_cache(maxsize=16)
+@programs.shared
 def compiled_logprobs(config: ModelConfig) -> Any:
     def scored(params: Any, tokens: Any) -> Any:
         return sharding.constrain(token_logprobs(params, config, tokens), (None, None))

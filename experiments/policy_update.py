@@ -23,7 +23,7 @@ from spark_jax.advantages import (
     masked_step,
     zero_variance_groups,
 )
-from spark_jax.experiments import configuration
+from spark_jax.experiments import configuration, programs
 from spark_jax.experiments.configuration import Config
 from spark_jax.parallel import sharding
 from spark_jax.rewards.format import MAX_STEPS
@@ -77,13 +77,13 @@ def advantage_inputs(
 ) -> AdvantageInputs:
     """All that an advantage may look at: of the groups that are kept, the others masked out."""
     return AdvantageInputs(
-        rewards=jnp.asarray(rewards),
-        mask=rollout.mask & _kept_groups(config, jnp.asarray(rewards))[:, None],
+        rewards=rewards,
+        mask=_kept_groups(config, rollout.mask, rewards),
         group_size=config.rl.group_size,
         policy_logprobs=logprobs.policy,
         ref_logprobs=logprobs.reference,
-        verdicts=jnp.asarray(judged.verdicts),
-        step_ids=jnp.asarray(steps),
+        verdicts=judged.verdicts,
+        step_ids=steps,
     )
 
 
@@ -93,9 +93,10 @@ def make_batch(
     """What the update needs, and metrics of rewards and advantages. `unmoved`: the policy still is
     the reference, so that no process reward differs from 0, whatever two passes round."""
     options = _advantage_options(config)
+    prompt_tokens, prompt_mask = _prompts(config, rollout)
     batch = PolicyBatch(
-        prompt_tokens=jnp.repeat(rollout.prompt_tokens, config.rl.group_size, axis=0),
-        prompt_mask=jnp.repeat(rollout.prompt_mask, config.rl.group_size, axis=0),
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
         tokens=rollout.tokens,
         mask=inputs.mask,
         old_logprobs=rollout.logprobs,
@@ -104,20 +105,15 @@ def make_batch(
     )
     metrics = {}
     if made_in_step(config):
-        made_of = (inputs, jnp.asarray(unmoved))
+        made_of = (inputs, np.bool_(unmoved))
         batch = dataclasses.replace(batch, advantage_inputs=made_of)
     else:
         make = compiled_advantage(config.rl.advantage, options)
-        advantages, metrics = make(inputs.policy_logprobs, (inputs, jnp.asarray(False)))
+        advantages, metrics = make(inputs.policy_logprobs, (inputs, np.False_))
         batch = dataclasses.replace(batch, advantages=advantages)
+    of_rollout = (inputs.rewards, rollout.mask, rollout.finished, inputs.mask)
+    metrics |= _rollout_metrics(*of_rollout, config.rl.group_size)
     metrics |= {
-        "reward/mean": inputs.rewards.mean(),
-        "reward/std": inputs.rewards.std(),
-        "reward/zero_variance_groups": zero_variance_groups(inputs.rewards, config.rl.group_size)
-        / config.rl.prompts_per_step,
-        "response/length": rollout.mask.sum(axis=1).mean(),
-        "response/finished": rollout.finished.mean(),
-        "response/trained_on": inputs.mask.any(axis=1).mean(),
         "decode/slot_occupancy": rollout.slot_occupancy,
         "decode/queue_occupancy": rollout.queue_occupancy,
         "decode/shared_prefix": rollout.shared_prefix,
@@ -142,7 +138,7 @@ def as_sampled(
     elif logprobs is None:
         logprobs = _score(config, model_config, rollout, params)
     shown = dataclasses.replace(inputs, policy_logprobs=logprobs)
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), shown)
+    return jax.tree.map(np.asarray, shown)
 
 
 def made_in_step(config: Config) -> bool:
@@ -210,7 +206,7 @@ def compiled_step(model_config: Any, settings: str) -> Any:
     return _compiled_step(model_config, settings, spread.mesh())
 
 
-@functools.lru_cache(maxsize=16)
+@programs.shared
 def _compiled_step(model_config: Any, settings: str, _: Mesh | None) -> Any:
     values = json.loads(settings)
     step = functools.partial(
@@ -244,10 +240,15 @@ def make_optimizer(config: Config) -> Any:
 
 
 def _score(config: Config, model_config: Any, rollout: decoding.Rollout, params: Any) -> jax.Array:
-    prompts = (rollout.prompt_tokens, rollout.prompt_mask)
-    tokens, mask = (jnp.repeat(x, config.rl.group_size, axis=0) for x in prompts)
-    arrays = (tokens, mask, rollout.tokens, rollout.mask)
+    arrays = (*_prompts(config, rollout), rollout.tokens, rollout.mask)
     return compiled_score(model_config, score_parts(config))(params, *spread.rows(arrays))
+
+
+def _prompts(config: Config, rollout: decoding.Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of the prompt of every response, [B, L]."""
+    tokens, mask = jax.device_get((rollout.prompt_tokens, rollout.prompt_mask))
+    size = config.rl.group_size
+    return np.repeat(tokens, size, axis=0), np.repeat(mask, size, axis=0)
 
 
 def score_parts(config: Config) -> int:
@@ -258,7 +259,7 @@ def score_parts(config: Config) -> int:
     return math.gcd(rl.minibatches * rl.accumulation_steps, rows // sharding.batch_shards())
 
 
-@functools.lru_cache(maxsize=16)
+@programs.shared
 def compiled_score(model_config: Any, parts: int) -> Any:
     """Log-probs of responses under a fixed policy, compiled; a part of the rows at a time, and
     whole on every device."""
@@ -272,7 +273,7 @@ def compiled_score(model_config: Any, parts: int) -> Any:
     return jax.jit(score)
 
 
-@functools.lru_cache(maxsize=16)
+@programs.shared
 def compiled_advantage(name: str, options: str) -> Any:
     return jax.jit(_advantage_function(name, options))
 
@@ -316,12 +317,34 @@ def _process_metrics(inputs: AdvantageInputs, beta: float | None) -> dict[str, A
     return metrics
 
 
-def _kept_groups(config: Config, rewards: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=4)
+def _rollout_metrics(
+    rewards: Any, mask: Any, finished: Any, trained_on: Any, group_size: int
+) -> dict[str, jax.Array]:
+    groups = len(rewards) // group_size
+    return {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(),
+        "reward/zero_variance_groups": zero_variance_groups(rewards, group_size) / groups,
+        "response/length": mask.sum(axis=1).mean(),
+        "response/finished": finished.mean(),
+        "response/trained_on": trained_on.any(axis=1).mean(),
+    }
+
+
+def _kept_groups(config: Config, mask: Any, rewards: np.ndarray) -> Any:
+    """The mask [B, T], 0 on groups that `rl.filter_low` and `rl.filter_high` leave out."""
     low, high = config.rl.filter_low, config.rl.filter_high
     if low is None and high is None:
-        return jnp.ones(len(rewards), bool)
+        return mask
     low, high = 0.0 if low is None else low, 1.0 if high is None else high
-    return dynamic_sampling_mask(rewards, config.rl.group_size, low=low, high=high)
+    return _filtered(mask, rewards, config.rl.group_size, low, high)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _filtered(mask: Any, rewards: Any, group_size: int, low: float, high: float) -> jax.Array:
+    kept = dynamic_sampling_mask(rewards, group_size, low=low, high=high)
+    return mask & kept[:, None]
 
 
 def _per_token(values: Any, inputs: AdvantageInputs) -> Any:

@@ -16,7 +16,7 @@ from spark_jax.advantages import ADVANTAGES, AdvantageInputs
 from spark_jax.data import tasks
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Problem, Verification
-from spark_jax.experiments import configuration, evaluate
+from spark_jax.experiments import configuration, evaluate, programs
 from spark_jax.experiments.configuration import Config
 from spark_jax.parallel import processes
 from spark_jax.prm.soft_score import soft_scores
@@ -31,7 +31,8 @@ from spark_jax.steps import token_offsets
 from spark_jax.text_generation import SampledText, TextModel
 
 SHOWN = ("grpo", "selective", "global_step", "masked_step")  # beside the one that is trained with
-NEEDS = {
+NEEDS: dict[str, tuple[str, ...]] = {
+    "grpo": (),
     "selective": ("verdicts",),
     "global_step": ("verdicts",),
     "masked_step": ("ref_logprobs", "policy_logprobs"),
@@ -196,7 +197,7 @@ def token_values(config: Config, inputs: AdvantageInputs) -> dict[str, np.ndarra
     found = {"logprob": inputs.policy_logprobs, "ref_logprob": inputs.ref_logprobs}
     if inputs.ref_logprobs is not None and inputs.policy_logprobs is not None:
         beta = {name: value for name, value in given.items() if name == "beta"}
-        found["cpr"] = cumulative_process_reward(
+        found["cpr"] = _process_reward(
             inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **beta
         )
     has_verdicts = bool(np.any(np.asarray(inputs.verdicts)))
@@ -211,10 +212,17 @@ def token_values(config: Config, inputs: AdvantageInputs) -> dict[str, np.ndarra
 
 
 def _advantage(name: str, options: dict[str, Any], inputs: AdvantageInputs) -> jax.Array:
+    """Runs with and without log-probs share the programs of what does not read them."""
+    inputs = dataclasses.replace(inputs, step_truth=None)
+    if "ref_logprobs" not in NEEDS.get(name, ("ref_logprobs",)):
+        inputs = dataclasses.replace(inputs, policy_logprobs=None, ref_logprobs=None)
     return _compiled(name, tuple(sorted(options.items())))(inputs)
 
 
-@functools.lru_cache(maxsize=32)
+_process_reward = jax.jit(cumulative_process_reward, static_argnames="beta")
+
+
+@programs.shared
 def _compiled(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(functools.partial(ADVANTAGES[name], **dict(options)))
 

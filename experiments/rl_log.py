@@ -81,10 +81,11 @@ class Log:
 
     def _show(self, step: int, graded: Graded) -> None:
         """Histograms, and the first problem's responses, in TensorBoard."""
-        rollout = graded.rollout
+        # On the host: on a device, every number of tokens would compile its own selection.
+        mask, logprobs = jax.device_get((graded.rollout.mask, graded.rollout.logprobs))
         self._metrics.histogram(step, "reward", graded.rewards)
-        self._metrics.histogram(step, "response/length", rollout.mask.sum(axis=1))
-        self._metrics.histogram(step, "response/logprob", rollout.logprobs[rollout.mask])
+        self._metrics.histogram(step, "response/length", mask.sum(axis=1))
+        self._metrics.histogram(step, "response/logprob", logprobs[mask])
         self._metrics.histogram(step, "response/steps", graded.judged.num_steps)
         if step % self._config.rl.evaluate_every == 0:
             self._metrics.text(step, "responses", _as_markdown(graded))

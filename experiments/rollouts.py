@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spark_jax import decoding
@@ -170,7 +169,7 @@ def _begin_grading(reward: str, inputs: RewardInputs) -> Callable[[], np.ndarray
 
 def step_truth(
     task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
-) -> jax.Array | None:
+) -> np.ndarray | None:
     """[B, K]: which steps are right (+1) and wrong (−1), 0 where there is none, for metrics alone.
     None for a task that does not know."""
     known = [task.labels(p, s.text)[0] for p, s in zip(problems, samples, strict=True)]
@@ -180,7 +179,7 @@ def step_truth(
     for row, labels in zip(truth, known, strict=True):
         signs = np.where(np.array(labels, bool), 1, -1)[:MAX_STEPS]
         row[: len(signs)] = signs
-    return jnp.asarray(truth)
+    return truth
 
 
 def token_step_ids(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
-from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments import checks, configuration, launch, loading, programs
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
@@ -145,7 +145,7 @@ def compiled_step(model_config: Any, optimizer_settings: str, accumulation_steps
     return _compiled_step(model_config, optimizer_settings, accumulation_steps, spread.mesh())
 
 
-@functools.lru_cache(maxsize=8)
+@programs.shared
 def _compiled_step(
     model_config: Any, optimizer_settings: str, accumulation_steps: int, _: Mesh | None
 ) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from spark_jax.advantages import AdvantageInputs
 from spark_jax.data import tasks
@@ -128,7 +128,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     setting = make_setting(config, folder, loaded)
     initial = loaded.params
     if reference is initial:  # the updates take over the memory of what they start from
-        initial = jax.tree.map(jnp.copy, initial)
+        initial = state.copy(initial)
     key = jax.random.key(config.seed)
     train = spread.new_state(initial, make_optimizer(config), key, loaded.config)
     at = RLState(train, reference)
@@ -279,7 +279,7 @@ def update_policy(
     config, updates = setting.config, []
     update = compiled_step(setting.model.config, json.dumps(update_settings(config)))
     for part in minibatches(config, batch):
-        if part.mask.any():  # groups may all have been filtered out
+        if np.any(np.asarray(part.mask)):  # groups may all have been filtered out
             train, values = update(train, packed(config, part))
             updates.append(values)
     return train, updates

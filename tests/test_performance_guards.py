@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 
 from spark_jax import decoding, scoring
 from spark_jax.decoding import Sampling, decoder, generate
@@ -248,22 +249,6 @@ def test_layers_that_are_computed_again_are_not_kept():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) <= temporaries(remat=False) / 3
-
-
-class Compilations:
-    """Names what XLA compiles inside the block."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event, duration, **how):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(how.get("fun_name", "?"))
 
 
 def shape(sizes, dtype=jnp.float32):

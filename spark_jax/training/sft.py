@@ -116,7 +116,7 @@ def index_targets(batch: SFTBatch) -> SFTBatch:
     multiple of 8, is a shape.
     """
     batch = dataclasses.replace(batch, target_index=None)
-    mask = np.pad(target_mask(jax.tree.map(jnp.asarray, batch)), ((0, 0), (1, 0)))
+    mask = np.pad(target_mask(jax.tree.map(np.asarray, batch)), ((0, 0), (1, 0)))
     counts = mask.sum(axis=1)
     width = -(-max(int(counts.max(initial=0)), 1) // 8) * 8
     index = np.zeros((len(mask), width), np.int32)
@@ -124,7 +124,7 @@ def index_targets(batch: SFTBatch) -> SFTBatch:
     return dataclasses.replace(batch, target_index=index)
 
 
-def target_mask(batch: SFTBatch) -> Bool[Array, "B S"]:
+def target_mask(batch: SFTBatch) -> Bool[Any, "B S"]:
     """Which of the S = T − 1 `tokens[:, 1:]` are targets.
 
     Those marked in `loss_mask`, but for padding (segment 0) and the first token of a segment, which

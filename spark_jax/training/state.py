@@ -33,8 +33,8 @@ class TrainState:
 def create(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
     """The state before the first update.
 
-    `params` is held, not copied. A step jitted with `donate_argnums=0` frees it: copy what must
-    outlive the first update (a reference policy) with `jax.tree.map(jnp.copy, params)`.
+    `params` is held, not copied. A step jitted with `donate_argnums=0` frees it: `copy` what must
+    outlive the first update (a reference policy).
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -43,6 +43,12 @@ def create(params: Any, optimizer: optax.GradientTransformation, key: Array) -> 
         skipped=jnp.zeros((), jnp.int32),
         key=key,
     )
+
+
+@jax.jit
+def copy(params: Any) -> Any:
+    """The same arrays in memory of their own, by one program for all of them."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def step_key(state: TrainState) -> Array:

@@ -25,8 +25,8 @@ def after(results, arm):
 
 
 def test_few_programs_are_compiled(results):
-    """Most are a single operation; a shape or a setting too many would be dozens of each."""
-    assert results["compiled"] < 700
+    """Jitted functions, each once for every size that a stage has; few single operations."""
+    assert results["compiled"] <= 60
 
 
 def test_verifier_is_good_enough_to_vote(results):

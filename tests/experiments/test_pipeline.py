@@ -4,6 +4,7 @@ import functools
 import json
 
 import pytest
+from compilations import Compilations
 from experiment_runs import Stop
 from PIL import Image
 from rich.progress import Progress
@@ -55,6 +56,17 @@ def test_pipeline_leaves_summary_plots_and_tables(config, tmp_path, capsys, monk
     )
     assert "What shows in this world, and what does not" in printed
     assert "step_consistency" in printed
+
+
+def test_another_seed_compiles_next_to_nothing(config, tmp_path):
+    """Only what has other sizes: examples of a reward model, and the number of prompts."""
+    changes = {"decode.max_prompt_length": 96, "verify.methods": ("step_consistency",)}
+    config = configuration.changed(config, changes)
+    for seed in (0, 1):
+        with Compilations() as compiled:
+            own = configuration.changed(config, {"pipeline.seeds": (seed,)})
+            pipeline.run(own, tmp_path / str(seed))
+    assert set(compiled.names) <= {"jit(decode)", "jit(sft_step)", "jit(scored)"}
 
 
 def test_impossible_arms_are_refused_before_anything_runs(config, tmp_path):

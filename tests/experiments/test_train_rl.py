@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from compilations import Compilations
 from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
 
 from spark_jax.advantages import ADVANTAGES
@@ -46,6 +47,16 @@ def test_every_reward_runs(tiny, reward_models, tmp_path, reward):
     samples = (tmp_path / "samples" / "step_000002.jsonl").read_text().splitlines()
     assert len(samples) == 8
     assert set(json.loads(samples[0])) == {"problem", "response", "reward"}
+
+
+def test_steps_after_the_first_compile_nothing(tiny, tmp_path):
+    """However many tokens their responses have."""
+    changes = {"rl.reward": "rule_based", "rl.steps": 4, "decode.max_prompt_length": 32}
+    config = configuration.changed(tiny, changes)
+    by_step = []
+    with Compilations() as compiled:
+        train_rl.run(config, tmp_path, lambda *_: by_step.append(len(compiled.names)))
+    assert by_step[1:] == by_step[1:2] * 4
 
 
 OPTIONS = {
