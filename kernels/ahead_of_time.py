@@ -61,6 +61,12 @@ def report(
             raise ValueError(f"generation {generation!r}; choose from {list(TOPOLOGIES)}")
     command = [sys.executable, "-m", "spark_jax.kernels.ahead_of_time", "--cases", cases]
     command += ["--generations", ",".join(generations), *(["--cycles"] if cycles else [])]
+    return run_apart(command, cycles=cycles)
+
+
+def run_apart(command: Sequence[str], *, cycles: bool) -> list[dict[str, Any]]:
+    """The rows that a process prints which compiles for TPUs; with `cycles` the compiler leaves its
+    schedules in the folder that SPARK_DUMP names there."""
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if cycles else ""
         variables = environment(folder) | {
@@ -215,14 +221,21 @@ def main() -> None:
     for generation in generations:
         for name, case in all_cases().items():
             if options.cases in name:
-                print(json.dumps({"case": name} | _compile(case, generation)), flush=True)
+                print(json.dumps({"case": name} | compile_case(case, generation)), flush=True)
 
 
-def _compile(case: Case, generation: str) -> dict[str, Any]:
+@functools.cache
+def device(generation: str) -> Any:
+    """A chip that is not there; always the same one."""
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
-    here = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    name = TOPOLOGIES[generation]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+
+def compile_case(case: Case, generation: str) -> dict[str, Any]:
+    """One row of `report`, in a process that `run_apart` started."""
+    here = jax.sharding.SingleDeviceSharding(device(generation))
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in case.shapes]
     dump = os.environ["SPARK_DUMP"]
     for old in Path(dump).glob("*.txt") if dump else ():
