@@ -50,14 +50,16 @@ def backward(
     block: int, vocab_major: bool, residuals: tuple[Array, ...], gradients: Any
 ) -> tuple[Array, Array, None]:
     """From hidden, matrix, targets, log-sum-exp and entropy. The gradient of the matrix is summed
-    in float32."""
+    in float32; with one block of tokens nothing is summed and it has the matrix's dtype at once."""
     hidden, matrix, targets, logsumexp, entropy = residuals
     g_logprob, g_logsumexp, g_entropy = gradients
     tiles = _tiles(len(hidden), _vocab(matrix, vocab_major), block)
     constant = g_logsumexp - g_logprob - g_entropy * entropy
     rows = _in_blocks((hidden, targets, logsumexp, constant, g_entropy, g_logprob), tiles.tokens)
     walk_back = functools.partial(_walk_back, matrix, tiles=tiles, vocab_major=vocab_major)
-    d_matrix, d_hidden = jax.lax.scan(walk_back, jnp.zeros(matrix.shape, jnp.float32), rows)
+    summed = len(rows[0]) > 1 or platform() == "cpu"  # where a narrow one costs passes, see _part
+    start = jnp.zeros(matrix.shape, jnp.float32 if summed else matrix.dtype)
+    d_matrix, d_hidden = jax.lax.scan(walk_back, start, rows)
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: len(hidden)]
     return d_hidden, d_matrix.astype(matrix.dtype), None
 
@@ -147,7 +149,8 @@ def _walk_back(
         d_part = _dot("nd,nv->dv", hidden, d)  # XLA:CPU transposes hidden, which is narrow, not d
         d_part = d_part.T if vocab_major else d_part
         so_far = jax.lax.dynamic_slice_in_dim(d_matrix, words[0], tiles.words, axis)
-        d_matrix = jax.lax.dynamic_update_slice_in_dim(d_matrix, so_far + d_part, words[0], axis)
+        new_part = (so_far + d_part).astype(d_matrix.dtype)
+        d_matrix = jax.lax.dynamic_update_slice_in_dim(d_matrix, new_part, words[0], axis)
         d_hidden = d_hidden + _dot("nv,vd->nd" if vocab_major else "nv,dv->nd", d, part)
         return (d_matrix, d_hidden), None
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from spark_jax.kernels import linear_logprob_xla
 from spark_jax.kernels.linear_logprob import (
     default_implementation,
     linear_logprob,
@@ -71,6 +72,29 @@ def test_the_gradient_of_a_wider_matrix_is_not_rounded():
     third = float(jnp.bfloat16(1 / 3))
     np.testing.assert_allclose(gradient[:, 1], -4096 * third, rtol=1e-6)
     np.testing.assert_allclose(gradient[:, 0], 4096 * float(jnp.bfloat16(2 / 3)), rtol=1e-6)
+
+
+def test_a_narrow_matrix_has_its_gradient_rounded_once(monkeypatch):
+    """On accelerators, where one block of tokens writes a bfloat16 gradient in place of float32
+    sums; the words that two tiles share are not counted twice."""
+    hidden, matrix, targets = inputs(n=50, vocab=1301)
+    hidden, matrix = hidden.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16)
+    weights = jax.random.normal(jax.random.key(1), (3, 50))
+
+    def gradients():
+        def function(h, m):
+            return linear_logprob_and_entropy(h, m, targets, block=20)
+
+        compute = _gradients(function, weights)
+        return compute(hidden, matrix), str(jax.make_jaxpr(compute)(hidden, matrix))
+
+    (summed, program), wide = gradients(), "f32[6,1301]"
+    assert wide in program
+    monkeypatch.setattr(linear_logprob_xla, "platform", lambda: "tpu")
+    rounded, program = gradients()
+    assert wide not in program
+    for a, b in zip(rounded, summed, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def _gradients(function, weights):
