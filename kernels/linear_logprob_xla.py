@@ -146,8 +146,7 @@ def _walk_back(
         d = jnp.exp(z) * (constant[:, None] - g_entropy[:, None] * z)
         d = d + jnp.where(words == targets[:, None], g_logprob[:, None], 0.0)
         d = (d if new is None else jnp.where(new, d, 0.0)).astype(hidden.dtype)
-        d_part = _dot("nd,nv->dv", hidden, d)  # XLA:CPU transposes hidden, which is narrow, not d
-        d_part = d_part.T if vocab_major else d_part
+        d_part = _gradient_of_part(hidden, d, vocab_major)
         so_far = jax.lax.dynamic_slice_in_dim(d_matrix, words[0], tiles.words, axis)
         new_part = (so_far + d_part).astype(d_matrix.dtype)
         d_matrix = jax.lax.dynamic_update_slice_in_dim(d_matrix, new_part, words[0], axis)
@@ -183,6 +182,18 @@ def _scores(hidden: Array, part: Array, vocab_major: bool) -> Float[Array, "N W"
 
 def _dot(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _gradient_of_part(
+    hidden: Float[Array, "N D"], d: Float[Array, "N W"], vocab_major: bool
+) -> Float[Array, "D W"] | Float[Array, "W D"]:
+    """hiddenᵀ · d. XLA:CPU sums over the first axis of its first operand in float32 only; with two
+    axes to sum over it transposes that operand, here the narrow one. The barrier keeps it from
+    making one product again of this one and the transpose."""
+    if platform() != "cpu" or hidden.dtype == jnp.float32:
+        return _dot("nd,nv->vd" if vocab_major else "nd,nv->dv", hidden, d)
+    d_part = _dot("bnd,bnv->dv", hidden[None], d[None])
+    return jax.lax.optimization_barrier(d_part).T if vocab_major else d_part
 
 
 def _in_blocks(rows: tuple[Any, ...], tokens: int) -> tuple[Array, ...]:

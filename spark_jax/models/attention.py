@@ -357,19 +357,21 @@ def _attend(
     With a template's keys and values every query attends to all of them too.
     """
     b, t, h, d = q.shape
-    folded = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
-    scores = activation_dot("btgqk,bsgk->bgqts", folded, k)
+    # Batch axes first, so that scores come as they lie: no transposed copy of them is made.
+    queries = jnp.moveaxis(q.reshape(b, t, k.shape[2], -1, d), 1, 3)
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = activation_dot("bgqtk,bgsk->bgqts", queries, keys)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
 
     def weigh(weights: Array) -> Array:
         weights = weights.reshape(scores.shape)
-        out = activation_dot("bgqts,bsgk->bgqtk", weights, v)
+        out = activation_dot("bgqts,bgsk->bgqtk", weights, values)
         return out.reshape(*out.shape[:2], -1, d)
 
     parts: list[_Part] = [(scores.reshape(b, k.shape[2], -1, k.shape[1]), weigh)]
     if template is not None:
-        queries = jnp.moveaxis(folded, 1, 3).reshape(b, k.shape[2], -1, d)
-        parts.append(_template_part(queries, template))
+        folded = queries.reshape(b, k.shape[2], -1, d)
+        parts.append(_template_part(folded, template))
     out = _join(parts, v.dtype).reshape(b, k.shape[2], -1, t, d)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(q.dtype)
 

@@ -56,13 +56,28 @@ def _backward(
     inputs, out = equation.split("->")
     x_axes, y_axes = inputs.split(",")
     cotangent = cotangent.astype(x.dtype)
-    # x first: XLA:CPU transposes x, which is narrow, rather than the cotangent of a wide layer.
-    y_gradient = _einsum(f"{x_axes},{out}->{y_axes}", x, cotangent, jnp.float32)
+    y_gradient = _narrow_first((x_axes, x), (out, cotangent), y_axes)
     x_gradient = _einsum(f"{out},{y_axes}->{x_axes}", cotangent, y.astype(x.dtype), dtype)
     return x_gradient.astype(x.dtype), y_gradient.astype(y.dtype)
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _narrow_first(one: tuple[str, Array], other: tuple[str, Array], axes: str) -> Array:
+    """A product summed over the rows of both. XLA:CPU transposes its first operand, so that is the
+    smaller one, and what comes of it is transposed instead if it has to be. The barrier keeps XLA
+    from making one product of the two, of a kind that it has in float32 only."""
+    (first, x), (second, y) = (one, other) if one[1].size <= other[1].size else (other, one)
+    kept = [a for a in axes if a in first], [a for a in axes if a not in first]
+    shared, own = ([a for a in kept[0] if (a in second) == both] for both in (True, False))
+    order = "".join(shared + own + kept[1])
+    product = _einsum(f"{first},{second}->{order}", x, y, jnp.float32)
+    if order == axes:
+        return product
+    if platform() == "cpu":
+        product = jax.lax.optimization_barrier(product)
+    return product.transpose([order.index(a) for a in axes])
 
 
 def _einsum(equation: str, x: Array, y: Array, dtype: Any) -> Array:
