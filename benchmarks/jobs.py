@@ -222,6 +222,12 @@ def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     for dtype, threads in runs:
         name = f"transformers, {dtype}{_threads(threads)}"
         contenders.append(_training(setting, "policy", name, "transformers", dtype, threads))
+    if setting.platform == "cpu":
+        size = setting.size
+        job = {"rows": size.batch, "length": size.prompt + size.new, "scored": size.new}
+        job |= _common(setting, "train_products", "bfloat16")
+        name = "XLA, the products alone, bfloat16"
+        contenders.append(Contender(name, "ours", job, name))
     return [*contenders, *_probes(setting)]
 
 

@@ -99,6 +99,45 @@ def products(job: Job) -> Run:
     return run
 
 
+def train_products(job: Job) -> Run:
+    """The same of a train step: what it multiplies with weights, forwards, once more and
+    backwards, but not its attention."""
+    model = _config(job)
+    params = _loaded(job["weights"], dataclasses.replace(model, dtype="float32"))
+    dtype, length = model.compute_dtype, job["length"]
+
+    def body(x: jax.Array, layer: transformer.Layer) -> tuple[jax.Array, None]:
+        h = x.astype(dtype)
+        queries, keys, values = (
+            dot("btd,dhk->bthk", h, w) for w in (layer.query, layer.key, layer.value)
+        )
+        mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
+        h = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
+        gate, up = (dot("btd,df->btf", h, w) for w in (layer.gate, layer.up))
+        return dot("btf,fd->btd", (gate + up).astype(dtype), layer.down), None
+
+    def scores(params: transformer.Params, x: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(jax.checkpoint(body), x, params.layers)
+        x = x[:, -job["scored"] :].reshape(-1, model.width).astype(dtype)
+        part = model.vocab_size // 8  # as `linear_logprob` does, a few words at a time
+
+        @jax.checkpoint
+        def highest(words: jax.Array) -> jax.Array:
+            return dot("nd,vd->nv", x, words).max()
+
+        words = params.embedding[: 8 * part].reshape(8, part, -1)
+        return jax.lax.map(highest, words).sum()
+
+    first = jax.random.normal(jax.random.key(0), (job["rows"], length, model.width))
+    program = _compiled_once(jax.grad(scores, argnums=(0, 1)), params, first)
+
+    def run(warm: bool) -> Result:
+        jax.block_until_ready(program()(params, first))
+        return {"amount": job["rows"] * length}
+
+    return run
+
+
 def score(job: Job) -> Run:
     """Log-probs of given tokens by the whole model."""
     model, params = _config(job), _stacked(job)
@@ -307,6 +346,7 @@ def bandwidth(job: Job) -> Run:
 WORK: dict[str, Callable[[Job], Run]] = {
     "generate": generate,
     "products": products,
+    "train_products": train_products,
     "score": score,
     "head": head,
     "decode_attention": decode_attention,
@@ -359,7 +399,7 @@ def _train(job: Job, step: Callable[..., Any], batch: Any) -> Run:
     """Master weights and moments are float32 whatever the compute dtype."""
     master = dataclasses.replace(_config(job), dtype="float32")
     adamw = optimizer.make(dict(name="adamw", learning_rate=1e-6, clip_norm=1.0))
-    params = jax.tree.map(jnp.copy, _loaded(job["weights"], master))
+    params = state.copy(_loaded(job["weights"], master))
     _loaded.cache_clear()
     carried = [state.create(params, adamw, jax.random.key(0))]
     del params
