@@ -184,9 +184,15 @@ SCORES = BATCH * TOKENS * TRAINED.vocab_size  # elements of all rows' scores: 0.
 
 @functools.cache
 def training_program(work: str):
+    """The state, and the program compiled."""
+    train, lowered = lowered_training(work, TRAINED)
+    return train, lowered.compile()
+
+
+def lowered_training(work: str, config: ModelConfig):
     adamw = optimizer.make(dict(name="adamw", learning_rate=1e-5, clip_norm=1.0))
     train = jax.eval_shape(
-        lambda: state.create(transformer.init(TRAINED, jax.random.key(0)), adamw, jnp.zeros(2))
+        lambda: state.create(transformer.init(config, jax.random.key(0)), adamw, jnp.zeros(2))
     )
     prompt, response = ((BATCH, n) for n in (CONTEXT, TOKENS))
     if work == "policy":
@@ -204,8 +210,8 @@ def training_program(work: str):
         whole = (BATCH, CONTEXT + TOKENS)
         batch = SFTBatch(tokens=shape(whole, jnp.int32), loss_mask=shape(whole, bool))
         step = sft_step
-    step = functools.partial(step, model_config=TRAINED, optimizer=adamw)
-    return train, jax.jit(step, donate_argnums=0).lower(train, batch).compile()
+    step = functools.partial(step, model_config=config, optimizer=adamw)
+    return train, jax.jit(step, donate_argnums=0).lower(train, batch)
 
 
 @pytest.mark.parametrize("work", ["policy", "sft"])
@@ -223,6 +229,19 @@ def test_a_train_step_updates_its_state_in_place(work):
         x.size * x.dtype.itemsize for x in jax.tree.leaves((train.params, train.opt_state))
     )
     assert compiled.memory_analysis().alias_size_in_bytes >= weights
+
+
+@pytest.mark.parametrize("work", ["policy", "sft"])
+def test_no_bfloat16_product_is_one_that_a_cpu_has_in_float32_only(work):
+    """XLA:CPU widens both operands where the first is summed over one axis that is not its last,
+    and multiplies four times as slowly; with two such axes it transposes it."""
+    _, lowered = lowered_training(work, dataclasses.replace(TRAINED, dtype="bfloat16"))
+    narrow = r"contracting_dims = \[([\d, ]+)\] x .*: \(tensor<([^>]*)xbf16>, tensor<[^>]*bf16>\)"
+    found = re.findall(narrow, lowered.as_text())
+    assert len(found) > 20
+    for summed, first in found:
+        axes = [int(axis) for axis in summed.split(",")]
+        assert len(axes) > 1 or axes == [first.count("x")], (summed, first)
 
 
 def test_scoring_never_holds_all_scores():
