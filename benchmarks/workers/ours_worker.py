@@ -81,8 +81,8 @@ def products(job: Job) -> Run:
             queries, others = jnp.split(heads, [model.num_heads], axis=2)
             mixed = (queries + others.sum(axis=2, keepdims=True)).astype(dtype)
             x = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
-            gate_up = dot("btd,dcf->btcf", x, layer.gate_up)
-            x = transformer.down(gate_up.sum(axis=2).astype(dtype), layer).astype(jnp.float32)
+            gate, up = transformer.gate_and_up(x, layer)
+            x = transformer.down((gate + up).astype(dtype), layer).astype(jnp.float32)
         scores = transformer.logits(params, model, x[:, 0].astype(dtype))
         return scores[:, None, : model.width] + scores.max(axis=-1)[:, None, None]
 
