@@ -71,7 +71,7 @@ def decode(setting: Setting) -> list[Contender]:
             contenders.append(
                 Contender(f"{program}, {name}", worker, job, dtype, threads, cost=cost)
             )
-    return [*contenders, *_products(setting, size.batch), *_probes(setting)]
+    return [*contenders, *_decoded_products(setting, size.batch), *_probes(setting)]
 
 
 def decode_large(setting: Setting) -> list[Contender]:
@@ -83,7 +83,7 @@ def decode_large(setting: Setting) -> list[Contender]:
         job = _generate(setting, prompts, size.new, {"greedy": True}, dtype)
         cost = roofline.decode(setting.model, dtype, size.large_batch, size.prompt, size.new)
         contenders.append(Contender(program, worker, job, dtype, threads, cost=cost))
-    return [*contenders, *_products(setting, size.large_batch), *_probes(setting)]
+    return [*contenders, *_decoded_products(setting, size.large_batch), *_probes(setting)]
 
 
 def layouts(setting: Setting) -> list[Contender]:
@@ -222,13 +222,10 @@ def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     for dtype, threads in runs:
         name = f"transformers, {dtype}{_threads(threads)}"
         contenders.append(_training(setting, "policy", name, "transformers", dtype, threads))
-    if setting.platform == "cpu":
-        size = setting.size
-        job = {"rows": size.batch, "length": size.prompt + size.new, "scored": size.new}
-        job |= _common(setting, "train_products", "bfloat16")
-        name = "XLA, the products alone, bfloat16"
-        contenders.append(Contender(name, "ours", job, name))
-    return [*contenders, *_probes(setting)]
+    size = setting.size
+    job = {"rows": size.batch, "length": size.prompt + size.new, "scored": size.new}
+    products = _products(setting, "train_products", job, ("bfloat16",))
+    return [*contenders, *products, *_probes(setting)]
 
 
 def sft_step(setting: Setting) -> list[Contender]:
@@ -350,19 +347,23 @@ def _decoders(setting: Setting, everyone: bool) -> list[Program]:
     return programs + more * everyone
 
 
-def _products(setting: Setting, rows: int) -> list[Contender]:
-    """On CPU, a decode's matrix products alone: what XLA leaves to be gained by anything else."""
+def _decoded_products(setting: Setting, rows: int) -> list[Contender]:
+    job = {"rows": rows, "new": setting.size.new}
+    return _products(setting, "products", job, ("float32", "bfloat16"))
+
+
+def _products(setting: Setting, work: str, job: Job, dtypes: tuple[str, ...]) -> list[Contender]:
+    """On CPU, the matrix products alone: what XLA leaves to be gained by anything else."""
     if setting.platform != "cpu":
         return []
-    job = {"rows": rows, "new": setting.size.new}
     return [
         Contender(
             f"XLA, the products alone, {dtype}",
             "ours",
-            _common(setting, "products", dtype) | job,
+            _common(setting, work, dtype) | job,
             dtype,
         )
-        for dtype in ("float32", "bfloat16")
+        for dtype in dtypes
     ]
 
 

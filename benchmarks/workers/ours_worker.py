@@ -113,8 +113,8 @@ def train_products(job: Job) -> Run:
         )
         mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
         h = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
-        gate, up = (dot("btd,df->btf", h, w) for w in (layer.gate, layer.up))
-        return dot("btf,fd->btd", (gate + up).astype(dtype), layer.down), None
+        gate, up = transformer.gate_and_up(h, layer)
+        return transformer.down((gate + up).astype(dtype), layer), None
 
     def scores(params: transformer.Params, x: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(jax.checkpoint(body), x, params.layers)

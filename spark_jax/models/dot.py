@@ -69,9 +69,8 @@ def _narrow_first(one: tuple[str, Array], other: tuple[str, Array], axes: str) -
     smaller one, and what comes of it is transposed instead if it has to be. The barrier keeps XLA
     from making one product of the two, of a kind that it has in float32 only."""
     (first, x), (second, y) = (one, other) if one[1].size <= other[1].size else (other, one)
-    kept = [a for a in axes if a in first], [a for a in axes if a not in first]
-    shared, own = ([a for a in kept[0] if (a in second) == both] for both in (True, False))
-    order = "".join(shared + own + kept[1])
+    # As a product comes: the axes of both, then those of the first alone, then of the second.
+    order = "".join(sorted(axes, key=lambda a: (a not in first, a not in second)))
     product = _einsum(f"{first},{second}->{order}", x, y, jnp.float32)
     if order == axes:
         return product

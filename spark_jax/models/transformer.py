@@ -79,9 +79,6 @@ class Params:
     head: Any = None  # [D, V]; None where tied to the embedding
 
 
-_FEW_ROWS = 64
-
-
 def init(config: ModelConfig, key: Array) -> Params:
     """Random float32 parameters, layers stacked: normal with standard deviation 1/sqrt(fan-in);
     what writes to the residual stream is scaled down by sqrt(2 · num_layers) (GPT-2)."""
@@ -435,6 +432,7 @@ def _queries_keys_values(
 def gate_and_up(
     h: Float[Array, "B T D"], layer: Layer | FusedLayer
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """The two products that begin a layer's MLP, in float32."""
     if isinstance(layer, FusedLayer):
         gate, up = jnp.split(_turned_dot(h, layer.gate_up), 2, axis=-1)
         return gate, up
@@ -446,6 +444,9 @@ def down(h: Float[Array, "B T F"], layer: Layer | FusedLayer) -> Float[Array, "B
     if isinstance(layer, FusedLayer):
         return _turned_dot(h, layer.down)
     return _dot("btf,fd->btd", h, layer.down)
+
+
+_FEW_ROWS = 64  # up to which a product begun with the weight is the faster one on CPU
 
 
 def _turned_dot(x: Float[Array, "B T D"], weight: Float[Array, "N D"]) -> Float[Array, "B T N"]:
