@@ -132,6 +132,13 @@ def test_decoding_sets_little_aside(dtype):
     assert compiled.memory_analysis().temp_size_in_bytes <= 3 * cache + 20 * scores
 
 
+def test_looking_tokens_up_widens_no_table():
+    """XLA:CPU has no gather of bfloat16: it would make a float32 copy of all of the embedding."""
+    _, compiled = decode_program("bfloat16", 1)
+    table = rf"(f32|bf16|u16)\[{VOCABULARY},{DECODED.width}\]"
+    assert set(re.findall(table, compiled.as_text())) == {"bf16", "u16"}
+
+
 def test_bfloat16_products_accumulate_in_float32():
     """Without it they are wrong, and on CPU slower than float32."""
     lowered, _ = decode_program("bfloat16", 1)

@@ -77,10 +77,9 @@ def products(job: Job) -> Run:
     def step(params: transformer.Params, x: jax.Array) -> jax.Array:
         for layer in params.layers:
             x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))).astype(dtype)
-            heads = dot("btd,dhk->bthk", x, layer.query_key_value)
-            queries, others = jnp.split(heads, [model.num_heads], axis=2)
-            mixed = (queries + others.sum(axis=2, keepdims=True)).astype(dtype)
-            x = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
+            queries, keys, values = transformer.queries_keys_values(x, layer, model)
+            mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
+            x = transformer.attention_output(mixed, layer).astype(dtype)
             gate, up = transformer.gate_and_up(x, layer)
             x = transformer.down((gate + up).astype(dtype), layer).astype(jnp.float32)
         scores = transformer.logits(params, model, x[:, 0].astype(dtype))
@@ -108,11 +107,9 @@ def train_products(job: Job) -> Run:
 
     def body(x: jax.Array, layer: transformer.Layer) -> tuple[jax.Array, None]:
         h = x.astype(dtype)
-        queries, keys, values = (
-            dot("btd,dhk->bthk", h, w) for w in (layer.query, layer.key, layer.value)
-        )
+        queries, keys, values = transformer.queries_keys_values(h, layer, model)
         mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
-        h = dot("bthk,hkd->btd", mixed, layer.output).astype(dtype)
+        h = transformer.attention_output(mixed, layer).astype(dtype)
         gate, up = transformer.gate_and_up(h, layer)
         return transformer.down((gate + up).astype(dtype), layer), None
 

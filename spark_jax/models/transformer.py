@@ -15,6 +15,7 @@ few tokens, moves those instead: its residual stream lies as the weights do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,11 +58,12 @@ class Layer:
 
 @flax.struct.dataclass
 class FusedLayer:
-    """One layer as decoding on CPU wants it: fewer and wider matrix products."""
+    """One layer as decoding on CPU wants it: fewer and wider matrix products, of matrices whose
+    last axis is the one that is summed over."""
 
     attention_norm: Any  # [D]
-    query_key_value: Any  # [D, H + 2 H_kv, K]
-    output: Any  # [H, K, D]
+    query_key_value: Any  # [(H + 2 H_kv) K, D]
+    output: Any  # [D, H K]
     mlp_norm: Any  # [D]
     gate_up: Any  # [2 F, D]
     down: Any  # [D, F]
@@ -257,9 +259,10 @@ def logits(
 ) -> Float[Array, "*N V"]:
     """Float32 scores over the vocabulary. Only for one position per row, as in decoding:
     `scoring` has the blocked form that never holds [B, T, V]."""
-    if _is_one_narrow_row(hidden):
-        twice = logits(params, config, jnp.concatenate([hidden, hidden]))
-        return jax.lax.optimization_barrier(twice)[:1]
+    return _by_rows(functools.partial(_scores, params, config), hidden)
+
+
+def _scores(params: Params, config: ModelConfig, hidden: Float[Array, "*N D"]) -> Array:
     if params.head is None:
         table = params.embedding.astype(config.compute_dtype)
         few = math.prod(hidden.shape[:-1]) <= _FEW_ROWS // 4  # scores are turned, and are many
@@ -351,7 +354,12 @@ def _scan_in_place(
 def _embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Each device looks tokens up in the part of the table that it has."""
     table = constrain(params.embedding, ("vocab", "width"))
+    narrow = isinstance(params.layers, tuple) and table.dtype == jnp.bfloat16
+    if narrow:  # decoding on CPU, where XLA would widen all of a bfloat16 table to look one up
+        table = jax.lax.bitcast_convert_type(table, jnp.uint16)
     rows = jnp.take(table, constrain(tokens, _ONE_TOKEN[:2]), axis=0)
+    if narrow:
+        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
     return constrain(rows, _ONE_TOKEN).astype(_between_products(config))
 
 
@@ -366,7 +374,7 @@ def _layer(
     layer = _constrain_layer(layer, config)
     dtype = _between_products(config)
     h = _rms_norm(x, layer.attention_norm, config)
-    q, k, v = (y.astype(dtype) for y in _queries_keys_values(h, layer, config))
+    q, k, v = (y.astype(dtype) for y in queries_keys_values(h, layer, config))
     q = constrain(q, ("batch", "length", "heads", None))
     k, v = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (k, v))
     if config.qk_norm:
@@ -375,8 +383,7 @@ def _layer(
     q, k = (_rotate(y, angles).astype(config.compute_dtype) for y in (q, k))
     attended, output = attend(q, k, v.astype(config.compute_dtype))
     attended = constrain(attended, ("batch", "length", "heads", None))
-    added = _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
-    x = constrain((x + added).astype(dtype), stream)
+    x = constrain((x + attention_output(attended, layer)).astype(dtype), stream)
     h = _rms_norm(x, layer.mlp_norm, config)
     gate, up = (constrain(y.astype(dtype), (*stream[:2], "mlp")) for y in gate_and_up(h, layer))
     gated = (jax.nn.silu(gate) * up).astype(config.compute_dtype)
@@ -400,11 +407,13 @@ def _constrain_layer(layer: Layer | FusedLayer, config: ModelConfig) -> Layer | 
 
 
 def _fuse(layer: Layer) -> FusedLayer:
+    width = layer.mlp_norm.shape[0]
+    weights = jnp.concatenate([layer.query, layer.key, layer.value], axis=1)
     biases = (layer.query_bias, layer.key_bias, layer.value_bias)
     return FusedLayer(
         attention_norm=layer.attention_norm,
-        query_key_value=jnp.concatenate([layer.query, layer.key, layer.value], axis=1),
-        output=layer.output,
+        query_key_value=weights.reshape(width, -1).T,
+        output=layer.output.reshape(-1, width).T,
         mlp_norm=layer.mlp_norm,
         gate_up=jnp.concatenate([layer.gate.T, layer.up.T]),
         down=layer.down.T,
@@ -415,11 +424,13 @@ def _fuse(layer: Layer) -> FusedLayer:
     )
 
 
-def _queries_keys_values(
+def queries_keys_values(
     h: Float[Array, "B T D"], layer: Layer | FusedLayer, config: ModelConfig
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+    """The products that begin a layer's attention, in float32."""
     if isinstance(layer, FusedLayer):
-        out = _dot("btd,dhk->bthk", h, layer.query_key_value, layer.query_key_value_bias)
+        out = _turned_dot(h, layer.query_key_value).reshape(*h.shape[:2], -1, config.head_dim)
+        out = _plus(out, layer.query_key_value_bias)
         ends = (config.num_heads, config.num_heads + config.num_kv_heads)
         q, k, v = jnp.split(out, ends, axis=2)
         return q, k, v
@@ -427,6 +438,16 @@ def _queries_keys_values(
     k = _dot("btd,dhk->bthk", h, layer.key, layer.key_bias)
     v = _dot("btd,dhk->bthk", h, layer.value, layer.value_bias)
     return q, k, v
+
+
+def attention_output(
+    attended: Float[Array, "B T H K"], layer: Layer | FusedLayer
+) -> Float[Array, "B T D"]:
+    """The product that ends a layer's attention, in float32."""
+    if isinstance(layer, FusedLayer):
+        flat = attended.reshape(*attended.shape[:2], -1)
+        return _plus(_turned_dot(flat, layer.output), layer.output_bias)
+    return _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
 
 
 def gate_and_up(
@@ -451,37 +472,41 @@ _FEW_ROWS = 64  # up to which a product begun with the weight is the faster one 
 
 def _turned_dot(x: Float[Array, "B T D"], weight: Float[Array, "N D"]) -> Float[Array, "B T N"]:
     """x · weightᵀ in float32: of few rows XLA:CPU makes it sooner from the weight's side."""
-    if _is_one_narrow_row(x):
-        return jax.lax.optimization_barrier(_turned_dot(jnp.concatenate([x, x]), weight))[:1]
-    if x.shape[0] * x.shape[1] <= _FEW_ROWS:
-        return _weight_first("nd,btd->nbt", weight, x)
-    return _dot("btd,nd->btn", x, weight)
+
+    def product(x: Array) -> Array:
+        if x.shape[0] * x.shape[1] <= _FEW_ROWS:
+            return _weight_first("nd,btd->nbt", weight, x)
+        return dot("btd,nd->btn", x, weight)
+
+    return _by_rows(product, x)
 
 
 def _weight_first(
     equation: str, weight: Float[Array, "N D"], x: Float[Array, "*M D"]
 ) -> Float[Array, "*M N"]:
     """A product that XLA:CPU has done sooner with the weight as its first operand, if that lies
-    with its sums along the last axis: 16 rows times an MLP's weights take .65 to .9 of the time in
-    float32, .3 to .5 in bfloat16. The barrier keeps it from turning the product round."""
+    with its sums along the last axis: 16 rows times a layer's weights take .5 to .95 of the time in
+    float32, .3 to .75 in bfloat16. The barrier keeps it from turning the product round."""
     out = jnp.einsum(equation, weight, x, preferred_element_type=jnp.float32)
     return jnp.moveaxis(jax.lax.optimization_barrier(out), 0, -1)
 
 
 def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Matrix product of x's dtype in float32 (bfloat16 sums are slow and wrong)."""
-    if _is_one_narrow_row(x):
-        twice = _dot(equation, jnp.concatenate([x, x]), weight, bias)
-        return jax.lax.optimization_barrier(twice)[:1]
-    out = dot(equation, x, weight)
+    return _plus(_by_rows(lambda x: dot(equation, x, weight), x), bias)
+
+
+def _plus(out: Array, bias: Array | None) -> Array:
     return out if bias is None else out + bias.astype(jnp.float32)
 
 
-def _is_one_narrow_row(x: Array) -> bool:
-    """XLA:CPU takes ten times as long for one bfloat16 row as for two, so it is computed twice;
-    the barrier keeps XLA from seeing that."""
+def _by_rows(product: Callable[[Array], Array], x: Array) -> Array:
+    """product(x), whose rows are those of x. XLA:CPU takes ten times as long for one bfloat16 row
+    as for two, so it is computed twice; the barrier keeps XLA from seeing that."""
     row_axes = max(min(x.ndim - 1, 2), 1)  # heads count as columns
-    return x.dtype == jnp.bfloat16 and x.shape[:row_axes] == (1,) * row_axes
+    if x.dtype != jnp.bfloat16 or x.shape[:row_axes] != (1,) * row_axes:
+        return product(x)
+    return jax.lax.optimization_barrier(product(jnp.concatenate([x, x])))[:1]
 
 
 def _rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:

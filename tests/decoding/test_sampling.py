@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from spark_jax.decoding import sampling
 from spark_jax.decoding.sampling import Sampling, inverse_cdf, sample, threshold
 
 
@@ -90,6 +91,22 @@ def test_greedy_takes_the_argmax_with_certainty():
     tokens, _, law_logprobs = draw(logits, jnp.linspace(0, 0.99, 5), sampling)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
     np.testing.assert_array_equal(law_logprobs, 0)
+
+
+@pytest.mark.parametrize("cached", [4 * 40, 4 * 40 * 4, 2**19])
+def test_rows_are_cut_alike_however_many_at_once(cached, monkeypatch):
+    """One at a time, three at a time (four do not divide nine), all at once."""
+    monkeypatch.setattr(sampling, "_CACHED", cached)
+    logits = np.random.default_rng(0).normal(size=(9, 40)).astype(np.float32) * 3
+    fields = {
+        "top_k": np.asarray([0, 3, 0, 7, 0, 0, 1, 0, 40]),
+        "top_p": np.asarray([1.0, 1.0, 0.6, 0.9, 1.0, 0.3, 0.5, 0.99, 0.8]),
+    }
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    cut = jax.jit(lambda *inputs: threshold(*inputs))(weights, Sampling(**fields).per_prompt(9))
+    for i, row in enumerate(logits):
+        law = exact_law(row, top_k=fields["top_k"][i], top_p=fields["top_p"][i])
+        np.testing.assert_array_equal(weights[i] >= cut[i], law > 0)
 
 
 @settings(max_examples=30, deadline=None)
