@@ -202,12 +202,12 @@ def decode_attention(setting: Setting) -> list[Contender]:
 
 def policy_step(setting: Setting) -> list[Contender]:
     """One policy-gradient update: ratio, clipping, KL, AdamW, clipping by norm; weights and moments
-    in float32. Tunix is `algo_core.grpo_loss_fn` under its trainer, as it comes and with
-    rematerialisation."""
+    in float32, a thread each. Tunix is `algo_core.grpo_loss_fn` under its trainer, as it comes and
+    with rematerialisation."""
     contenders = [
-        _training(setting, "policy", "ours, float32", "ours", "float32"),
-        _training(setting, "policy", "tunix, float32", "tunix", "float32"),
-        _training(setting, "policy", "tunix, float32, remat", "tunix", "float32", remat=True),
+        _training(setting, "policy", "ours, float32", "ours", "float32", 1),
+        _training(setting, "policy", "tunix, float32", "tunix", "float32", 1),
+        _training(setting, "policy", "tunix, float32, remat", "tunix", "float32", 1, remat=True),
     ]
     return [*contenders, *_probes(setting)]
 
@@ -215,13 +215,15 @@ def policy_step(setting: Setting) -> list[Contender]:
 def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     """The same, computed in bfloat16. "autocast" keeps float32 weights as ours does; the other
     peers hold weights and moments in bfloat16."""
-    contenders = [_training(setting, "policy", "ours, bfloat16", "ours", "bfloat16")]
-    runs: tuple[tuple[str, int | None], ...] = (("autocast", 1), ("bfloat16", 1), ("bfloat16", 2))
-    if setting.platform != "cpu":
-        runs = (("autocast", None), ("bfloat16", None))
-    for dtype, threads in runs:
-        name = f"transformers, {dtype}{_threads(threads)}"
-        contenders.append(_training(setting, "policy", name, "transformers", dtype, threads))
+    contenders = []
+    for worker, dtype, most in (
+        ("ours", "bfloat16", 2),
+        ("transformers", "autocast", 1),
+        ("transformers", "bfloat16", 2),
+    ):
+        for threads in range(1, 1 + most) if setting.platform == "cpu" else (None,):
+            name = f"{worker}, {dtype}{_threads(threads)}"
+            contenders.append(_training(setting, "policy", name, worker, dtype, threads))
     size = setting.size
     job = {"rows": size.batch, "length": size.prompt + size.new, "scored": size.new}
     products = _products(setting, "train_products", job, ("bfloat16",))
@@ -231,12 +233,14 @@ def policy_step_bfloat16(setting: Setting) -> list[Contender]:
 def sft_step(setting: Setting) -> list[Contender]:
     """One supervised update: cross-entropy of the responses, AdamW, clipping by norm."""
     threads = 1 if setting.platform == "cpu" else None
-    peer = f"transformers, bfloat16{_threads(threads)}"
     return [
-        _training(setting, "sft", "ours, float32", "ours", "float32"),
-        _training(setting, "sft", "ours, bfloat16", "ours", "bfloat16"),
-        _training(setting, "sft", "tunix, float32", "tunix", "float32"),
-        _training(setting, "sft", peer, "transformers", "bfloat16", threads),
+        _training(setting, "sft", f"{worker}, {dtype}{_threads(threads)}", worker, dtype, threads)
+        for worker, dtype in (
+            ("ours", "float32"),
+            ("ours", "bfloat16"),
+            ("tunix", "float32"),
+            ("transformers", "bfloat16"),
+        )
     ]
 
 
@@ -326,25 +330,26 @@ Program = tuple[str, str, str, int | None]  # name, worker, dtype, threads
 
 
 def _decoders(setting: Setting, everyone: bool) -> list[Program]:
-    """Ours and the peers that decode; `everyone` adds those that are expected to be slower than
-    another of the same peer."""
+    """Ours and the peers that decode, on CPU a thread each: a second one costs all of them CPU
+    time. `everyone` adds two threads, and dtypes in which a peer is expected to be slower."""
     if setting.platform != "cpu":
         return [
             ("ours, bfloat16", "ours", "bfloat16", None),
             ("transformers, bfloat16", "transformers", "bfloat16", None),
         ]
-    programs: list[Program] = [
-        ("ours, float32", "ours", "float32", None),
-        ("ours, bfloat16", "ours", "bfloat16", None),
-        ("tunix, float32", "tunix", "float32", None),
-        ("transformers, bfloat16, 1 thread", "transformers", "bfloat16", 1),
+    one: list[tuple[str, str]] = [
+        ("ours", "float32"),
+        ("ours", "bfloat16"),
+        ("tunix", "float32"),
+        ("transformers", "bfloat16"),
     ]
-    more: list[Program] = [
-        ("tunix, bfloat16", "tunix", "bfloat16", None),
-        ("transformers, float32, 1 thread", "transformers", "float32", 1),
-        ("transformers, bfloat16, 2 threads", "transformers", "bfloat16", 2),
+    more = [("tunix", "bfloat16"), ("transformers", "float32")]
+    chosen = [(*program, 1) for program in one + more * everyone]
+    chosen += [(*program, 2) for program in one * everyone]
+    return [
+        (f"{worker}, {dtype}{_threads(threads)}", worker, dtype, threads)
+        for worker, dtype, threads in chosen
     ]
-    return programs + more * everyone
 
 
 def _decoded_products(setting: Setting, rows: int) -> list[Contender]:
@@ -362,6 +367,7 @@ def _products(setting: Setting, work: str, job: Job, dtypes: tuple[str, ...]) ->
             "ours",
             _common(setting, work, dtype) | job,
             dtype,
+            threads=1,
         )
         for dtype in dtypes
     ]
@@ -429,15 +435,15 @@ def _probes(setting: Setting) -> list[Contender]:
     size = setting.size
     contenders = []
     one = 1 if setting.platform == "cpu" else None
-    for worker, program, threads in (("ours", "XLA", None), ("transformers", "torch", one)):
+    for worker, program in (("ours", "XLA"), ("transformers", "torch")):
         for dtype in ("float32", "bfloat16"):
             job = {"work": "matmul", "dtype": dtype, "n": size.product, "times": 2}
             name = f"matrix products in {dtype}, {program}"
-            contenders.append(Contender(name, worker, job, "probe", threads, unit="FLOP"))
+            contenders.append(Contender(name, worker, job, "probe", one, unit="FLOP"))
         job = {"work": "bandwidth", "bytes": size.read, "times": 2}
         reader = "NumPy" if (worker, setting.platform) == ("ours", "cpu") else program
         name = f"reading memory, {reader}"
-        contenders.append(Contender(name, worker, job, "probe", threads, unit="B"))
+        contenders.append(Contender(name, worker, job, "probe", one, unit="B"))
     return contenders
 
 

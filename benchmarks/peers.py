@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Programs:
     logs: Path
 
     def start(self, name: str, threads: int | None = None) -> Worker:
-        """Raises Missing."""
+        """A worker, on that many cores if `threads` says how many. Raises Missing."""
         if name == "ours":
             python, script = Path(sys.executable), "ours_worker.py"
         else:
@@ -67,7 +68,8 @@ class Programs:
         if threads is not None:
             variables["OMP_NUM_THREADS"] = str(threads)
         log = self.logs / f"{name}.log"
-        return Worker([str(python), str(WORKERS / script)], os.environ | variables, log)
+        with _on_cores(threads):
+            return Worker([str(python), str(WORKERS / script)], os.environ | variables, log)
 
     def environment(self, name: str) -> Path:
         """The interpreter of a peer's environment, which is made where it is not there yet.
@@ -131,6 +133,20 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):  # what it never read
                 if pipe:
                     pipe.close()
+
+
+@contextlib.contextmanager
+def _on_cores(count: int | None) -> Iterator[None]:
+    """What is started inside keeps to so many cores: XLA takes a thread for each that it sees."""
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(every)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def _install(folder: Path, requirements: tuple[str, ...], log: Path) -> None:

@@ -259,3 +259,14 @@ def test_programs_start_only_what_they_may(tmp_path):
         programs.start("tunix")
     with pytest.raises(Missing, match="left out by --peers"):
         programs.start("transformers")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_a_worker_of_one_thread_has_one_core(tmp_path):
+    before = os.sched_getaffinity(0)
+    worker = Programs("cpu", (), tmp_path, tmp_path).start("ours", 1)
+    try:
+        assert len(os.sched_getaffinity(worker.process.pid)) == 1
+    finally:
+        worker.close()
+    assert os.sched_getaffinity(0) == before
