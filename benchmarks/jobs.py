@@ -29,6 +29,11 @@ class Setting:
     weights: str | None  # a checkpoint that every program loads; None: each draws its own
 
     @property
+    def one_thread(self) -> int | None:
+        """What is compared with peers has one thread on CPU; None: as many as it takes."""
+        return 1 if self.platform == "cpu" else None
+
+    @property
     def model(self) -> dict[str, Any]:
         return config.to_hf(self.size.model)
 
@@ -232,7 +237,7 @@ def policy_step_bfloat16(setting: Setting) -> list[Contender]:
 
 def sft_step(setting: Setting) -> list[Contender]:
     """One supervised update: cross-entropy of the responses, AdamW, clipping by norm."""
-    threads = 1 if setting.platform == "cpu" else None
+    threads = setting.one_thread
     return [
         _training(setting, "sft", f"{worker}, {dtype}{_threads(threads)}", worker, dtype, threads)
         for worker, dtype in (
@@ -379,7 +384,7 @@ def _scheduled(setting: Setting, job: Callable[..., Job], part: int | None) -> l
         how = {} if worker == "ours" else {"batches": part}
         contenders.append(Contender(program, worker, job(dtype, **how), dtype, threads))
     pages = job("bfloat16", continuous=True, page_size=setting.size.page)
-    threads = 1 if setting.platform == "cpu" else None
+    threads = setting.one_thread
     name = f"transformers, bfloat16, continuous batching{_threads(threads)}"
     return [*contenders, Contender(name, "transformers", pages, "continuous", threads)]
 
@@ -434,7 +439,7 @@ def _probes(setting: Setting) -> list[Contender]:
     """The rates that the roofline is made of, by whoever may be fastest."""
     size = setting.size
     contenders = []
-    one = 1 if setting.platform == "cpu" else None
+    one = setting.one_thread
     for worker, program in (("ours", "XLA"), ("transformers", "torch")):
         for dtype in ("float32", "bfloat16"):
             job = {"work": "matmul", "dtype": dtype, "n": size.product, "times": 2}

@@ -77,11 +77,7 @@ def products(job: Job) -> Run:
     def step(params: transformer.Params, x: jax.Array) -> jax.Array:
         for layer in params.layers:
             x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))).astype(dtype)
-            queries, keys, values = transformer.queries_keys_values(x, layer, model)
-            mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
-            x = transformer.attention_output(mixed, layer).astype(dtype)
-            gate, up = transformer.gate_and_up(x, layer)
-            x = transformer.down((gate + up).astype(dtype), layer).astype(jnp.float32)
+            x = _layer_products(x, layer, model)
         scores = transformer.logits(params, model, x[:, 0].astype(dtype))
         return scores[:, None, : model.width] + scores.max(axis=-1)[:, None, None]
 
@@ -98,6 +94,18 @@ def products(job: Job) -> Run:
     return run
 
 
+def _layer_products(
+    h: jax.Array, layer: transformer.Layer | transformer.FusedLayer, model: ModelConfig
+) -> jax.Array:
+    """A layer's products with its weights, each made of the one before, in float32."""
+    dtype = model.compute_dtype
+    queries, keys, values = transformer.queries_keys_values(h, layer, model)
+    mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
+    h = transformer.attention_output(mixed, layer).astype(dtype)
+    gate, up = transformer.gate_and_up(h, layer)
+    return transformer.down((gate + up).astype(dtype), layer)
+
+
 def train_products(job: Job) -> Run:
     """The same of a train step: what it multiplies with weights, forwards, once more and
     backwards, but not its attention."""
@@ -106,12 +114,7 @@ def train_products(job: Job) -> Run:
     dtype, length = model.compute_dtype, job["length"]
 
     def body(x: jax.Array, layer: transformer.Layer) -> tuple[jax.Array, None]:
-        h = x.astype(dtype)
-        queries, keys, values = transformer.queries_keys_values(h, layer, model)
-        mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
-        h = transformer.attention_output(mixed, layer).astype(dtype)
-        gate, up = transformer.gate_and_up(h, layer)
-        return transformer.down((gate + up).astype(dtype), layer), None
+        return _layer_products(x.astype(dtype), layer, model), None
 
     def scores(params: transformer.Params, x: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(jax.checkpoint(body), x, params.layers)

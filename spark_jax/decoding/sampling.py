@@ -77,14 +77,14 @@ def sample(
     """
     top = jnp.max(logits, axis=-1, keepdims=True)
 
-    def draw(_: None) -> tuple[Array, Array, Array]:
+    def draw() -> tuple[Array, Array, Array]:
         return _draw(logits, top, uniforms, sampling)
 
-    def greedy(_: None) -> tuple[Array, Array, Array]:
+    def greedy() -> tuple[Array, Array, Array]:
         nothing = jnp.zeros_like(uniforms)
         return _argmax(logits), nothing, _row_sums(jnp.exp(logits - top))
 
-    tokens, law_logprobs, total = jax.lax.cond(jnp.all(sampling.greedy), greedy, draw, None)
+    tokens, law_logprobs, total = jax.lax.cond(jnp.all(sampling.greedy), greedy, draw)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     return tokens, (chosen - top)[:, 0] - jnp.log(total), law_logprobs
 
