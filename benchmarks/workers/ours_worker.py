@@ -20,6 +20,7 @@ from spark_jax.models import attention, checkpoints, config, transformer
 from spark_jax.models.cache import Segment
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.dot import dot
+from spark_jax.models.layers import FusedLayer, Layer
 from spark_jax.rewards.format import MAX_STEPS
 from spark_jax.training import optimizer, state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
@@ -94,16 +95,14 @@ def products(job: Job) -> Run:
     return run
 
 
-def _layer_products(
-    h: jax.Array, layer: transformer.Layer | transformer.FusedLayer, model: ModelConfig
-) -> jax.Array:
+def _layer_products(h: jax.Array, layer: Layer | FusedLayer, model: ModelConfig) -> jax.Array:
     """A layer's products with its weights, each made of the one before, in float32."""
     dtype = model.compute_dtype
-    queries, keys, values = transformer.queries_keys_values(h, layer, model)
+    queries, keys, values = layer.queries_keys_values(h)
     mixed = (queries + (keys + values).sum(axis=2, keepdims=True)).astype(dtype)
-    h = transformer.attention_output(mixed, layer).astype(dtype)
-    gate, up = transformer.gate_and_up(h, layer)
-    return transformer.down((gate + up).astype(dtype), layer)
+    h = layer.attention_output(mixed).astype(dtype)
+    gate, up = layer.gate_and_up(h)
+    return layer.mlp_output((gate + up).astype(dtype))
 
 
 def train_products(job: Job) -> Run:
@@ -113,7 +112,7 @@ def train_products(job: Job) -> Run:
     params = _loaded(job["weights"], dataclasses.replace(model, dtype="float32"))
     dtype, length = model.compute_dtype, job["length"]
 
-    def body(x: jax.Array, layer: transformer.Layer) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
         return _layer_products(x.astype(dtype), layer, model), None
 
     def scores(params: transformer.Params, x: jax.Array) -> jax.Array:

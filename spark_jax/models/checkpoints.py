@@ -26,8 +26,9 @@ from spark_jax.models import config as model_config
 from spark_jax.models import hf_layout, transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.hf_layout import EMBEDDING, HEAD, Place
+from spark_jax.models.layers import Layer
 from spark_jax.models.placement import BLOCK_SIZE, Target
-from spark_jax.models.transformer import Layer, Params
+from spark_jax.models.transformer import Params
 from spark_jax.parallel import processes, sharding
 
 WEIGHTS = "model.safetensors"

@@ -28,49 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 from spark_jax.models import attention, rotary
 from spark_jax.models.cache import Cache, PromptCache, Segment, Template
 from spark_jax.models.config import ModelConfig
-from spark_jax.models.dot import dot
+from spark_jax.models.layers import FEW_ROWS, FusedLayer, Layer, by_rows, fuse, weight_first
 from spark_jax.parallel.sharding import constrain, platform
-
-
-@flax.struct.dataclass
-class Layer:
-    """Weights of one layer, or of all layers with a leading layer axis.
-
-    Leaves are `Any` because the same pytree also carries gradients, moments, shardings and shapes.
-    """
-
-    attention_norm: Any  # [D]
-    query: Any  # [D, H, K]
-    key: Any  # [D, H_kv, K]
-    value: Any  # [D, H_kv, K]
-    output: Any  # [H, K, D]
-    mlp_norm: Any  # [D]
-    gate: Any  # [D, F]
-    up: Any  # [D, F]
-    down: Any  # [F, D]
-    query_bias: Any = None  # [H, K]
-    key_bias: Any = None  # [H_kv, K]
-    value_bias: Any = None  # [H_kv, K]
-    output_bias: Any = None  # [D]
-    query_norm: Any = None  # [K]
-    key_norm: Any = None  # [K]
-
-
-@flax.struct.dataclass
-class FusedLayer:
-    """One layer as decoding on CPU wants it: fewer and wider matrix products, of matrices whose
-    last axis is the one that is summed over."""
-
-    attention_norm: Any  # [D]
-    query_key_value: Any  # [(H + 2 H_kv) K, D]
-    output: Any  # [D, H K]
-    mlp_norm: Any  # [D]
-    gate_up: Any  # [2 F, D]
-    down: Any  # [D, F]
-    query_key_value_bias: Any = None  # [H + 2 H_kv, K]
-    output_bias: Any = None  # [D]
-    query_norm: Any = None  # [K]
-    key_norm: Any = None  # [K]
 
 
 @flax.struct.dataclass
@@ -156,7 +115,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
     update."""
     stacked = jax.tree.map(lambda x: x.astype(config.compute_dtype), params.layers)
     one_by_one = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers))
-    layers = tuple(_fuse(layer) for layer in one_by_one)
+    layers = tuple(fuse(layer) for layer in one_by_one)
     rest = jax.tree.map(
         lambda x: x.astype(config.compute_dtype), dataclasses.replace(params, layers=())
     )
@@ -259,15 +218,15 @@ def logits(
 ) -> Float[Array, "*N V"]:
     """Float32 scores over the vocabulary. Only for one position per row, as in decoding:
     `scoring` has the blocked form that never holds [B, T, V]."""
-    return _by_rows(functools.partial(_scores, params, config), hidden)
+    return by_rows(functools.partial(_scores, params, config), hidden)
 
 
 def _scores(params: Params, config: ModelConfig, hidden: Float[Array, "*N D"]) -> Array:
     if params.head is None:
         table = params.embedding.astype(config.compute_dtype)
-        few = math.prod(hidden.shape[:-1]) <= _FEW_ROWS // 4  # scores are turned, and are many
+        few = math.prod(hidden.shape[:-1]) <= FEW_ROWS // 4  # scores are turned, and are many
         if isinstance(params.layers, tuple) and (few or hidden.dtype == jnp.float32):
-            return _weight_first("vd,...d->v...", table, hidden)
+            return weight_first("vd,...d->v...", table, hidden)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     table = params.head.astype(config.compute_dtype)
     return jnp.einsum("...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
@@ -374,7 +333,7 @@ def _layer(
     layer = _constrain_layer(layer, config)
     dtype = _between_products(config)
     h = _rms_norm(x, layer.attention_norm, config)
-    q, k, v = (y.astype(dtype) for y in queries_keys_values(h, layer, config))
+    q, k, v = (y.astype(dtype) for y in layer.queries_keys_values(h))
     q = constrain(q, ("batch", "length", "heads", None))
     k, v = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (k, v))
     if config.qk_norm:
@@ -383,11 +342,11 @@ def _layer(
     q, k = (_rotate(y, angles).astype(config.compute_dtype) for y in (q, k))
     attended, output = attend(q, k, v.astype(config.compute_dtype))
     attended = constrain(attended, ("batch", "length", "heads", None))
-    x = constrain((x + attention_output(attended, layer)).astype(dtype), stream)
+    x = constrain((x + layer.attention_output(attended)).astype(dtype), stream)
     h = _rms_norm(x, layer.mlp_norm, config)
-    gate, up = (constrain(y.astype(dtype), (*stream[:2], "mlp")) for y in gate_and_up(h, layer))
+    gate, up = (constrain(y.astype(dtype), (*stream[:2], "mlp")) for y in layer.gate_and_up(h))
     gated = (jax.nn.silu(gate) * up).astype(config.compute_dtype)
-    return constrain((x + down(gated, layer)).astype(dtype), stream), output
+    return constrain((x + layer.mlp_output(gated)).astype(dtype), stream), output
 
 
 def _between_products(config: ModelConfig) -> Any:
@@ -404,109 +363,6 @@ def _constrain_layer(layer: Layer | FusedLayer, config: ModelConfig) -> Layer | 
         return layer
     axes = logical_axes(config).layers
     return jax.tree.map(lambda x, names: constrain(x, names[1:]), layer, axes)
-
-
-def _fuse(layer: Layer) -> FusedLayer:
-    width = layer.mlp_norm.shape[0]
-    weights = jnp.concatenate([layer.query, layer.key, layer.value], axis=1)
-    biases = (layer.query_bias, layer.key_bias, layer.value_bias)
-    return FusedLayer(
-        attention_norm=layer.attention_norm,
-        query_key_value=weights.reshape(width, -1).T,
-        output=layer.output.reshape(-1, width).T,
-        mlp_norm=layer.mlp_norm,
-        gate_up=jnp.concatenate([layer.gate.T, layer.up.T]),
-        down=layer.down.T,
-        query_key_value_bias=None if layer.query_bias is None else jnp.concatenate(biases),
-        output_bias=layer.output_bias,
-        query_norm=layer.query_norm,
-        key_norm=layer.key_norm,
-    )
-
-
-def queries_keys_values(
-    h: Float[Array, "B T D"], layer: Layer | FusedLayer, config: ModelConfig
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
-    """The products that begin a layer's attention, in float32."""
-    if isinstance(layer, FusedLayer):
-        out = _turned_dot(h, layer.query_key_value).reshape(*h.shape[:2], -1, config.head_dim)
-        out = _plus(out, layer.query_key_value_bias)
-        ends = (config.num_heads, config.num_heads + config.num_kv_heads)
-        q, k, v = jnp.split(out, ends, axis=2)
-        return q, k, v
-    q = _dot("btd,dhk->bthk", h, layer.query, layer.query_bias)
-    k = _dot("btd,dhk->bthk", h, layer.key, layer.key_bias)
-    v = _dot("btd,dhk->bthk", h, layer.value, layer.value_bias)
-    return q, k, v
-
-
-def attention_output(
-    attended: Float[Array, "B T H K"], layer: Layer | FusedLayer
-) -> Float[Array, "B T D"]:
-    """The product that ends a layer's attention, in float32."""
-    if isinstance(layer, FusedLayer):
-        flat = attended.reshape(*attended.shape[:2], -1)
-        return _plus(_turned_dot(flat, layer.output), layer.output_bias)
-    return _dot("bthk,hkd->btd", attended, layer.output, layer.output_bias)
-
-
-def gate_and_up(
-    h: Float[Array, "B T D"], layer: Layer | FusedLayer
-) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """The two products that begin a layer's MLP, in float32."""
-    if isinstance(layer, FusedLayer):
-        gate, up = jnp.split(_turned_dot(h, layer.gate_up), 2, axis=-1)
-        return gate, up
-    return _dot("btd,df->btf", h, layer.gate), _dot("btd,df->btf", h, layer.up)
-
-
-def down(h: Float[Array, "B T F"], layer: Layer | FusedLayer) -> Float[Array, "B T D"]:
-    """The product that ends a layer's MLP, in float32."""
-    if isinstance(layer, FusedLayer):
-        return _turned_dot(h, layer.down)
-    return _dot("btf,fd->btd", h, layer.down)
-
-
-_FEW_ROWS = 64  # up to which a product begun with the weight is the faster one on CPU
-
-
-def _turned_dot(x: Float[Array, "B T D"], weight: Float[Array, "N D"]) -> Float[Array, "B T N"]:
-    """x · weightᵀ in float32: of few rows XLA:CPU makes it sooner from the weight's side."""
-
-    def product(x: Array) -> Array:
-        if x.shape[0] * x.shape[1] <= _FEW_ROWS:
-            return _weight_first("nd,btd->nbt", weight, x)
-        return dot("btd,nd->btn", x, weight)
-
-    return _by_rows(product, x)
-
-
-def _weight_first(
-    equation: str, weight: Float[Array, "N D"], x: Float[Array, "*M D"]
-) -> Float[Array, "*M N"]:
-    """A product that XLA:CPU has done sooner with the weight as its first operand, if that lies
-    with its sums along the last axis: 16 rows times a layer's weights take .5 to .95 of the time in
-    float32, .3 to .75 in bfloat16. The barrier keeps it from turning the product round."""
-    out = jnp.einsum(equation, weight, x, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(jax.lax.optimization_barrier(out), 0, -1)
-
-
-def _dot(equation: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Matrix product of x's dtype in float32 (bfloat16 sums are slow and wrong)."""
-    return _plus(_by_rows(lambda x: dot(equation, x, weight), x), bias)
-
-
-def _plus(out: Array, bias: Array | None) -> Array:
-    return out if bias is None else out + bias.astype(jnp.float32)
-
-
-def _by_rows(product: Callable[[Array], Array], x: Array) -> Array:
-    """product(x), whose rows are those of x. XLA:CPU takes ten times as long for one bfloat16 row
-    as for two, so it is computed twice; the barrier keeps XLA from seeing that."""
-    row_axes = max(min(x.ndim - 1, 2), 1)  # heads count as columns
-    if x.dtype != jnp.bfloat16 or x.shape[:row_axes] != (1,) * row_axes:
-        return product(x)
-    return jax.lax.optimization_barrier(product(jnp.concatenate([x, x])))[:1]
 
 
 def _rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:

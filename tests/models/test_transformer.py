@@ -235,7 +235,7 @@ def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype,
 
 
 def test_one_bfloat16_row_alone_equals_itself_among_others():
-    """It goes through another program on CPU: see `transformer._by_rows`."""
+    """It goes through another program on CPU: see `layers.by_rows`."""
     config = dataclasses.replace(PLAIN, dtype="bfloat16")
     params = transformer.unstack(transformer.init(config, jax.random.key(0)), config)
     tokens = random_tokens((3, 1))
