@@ -139,6 +139,20 @@ def test_looking_tokens_up_widens_no_table():
     assert set(re.findall(table, compiled.as_text())) == {"bf16", "u16"}
 
 
+def test_no_weight_is_turned_back_for_a_prefill():
+    """XLA would do so before the loop that prefills, and keep the copies while it decodes."""
+    config = dataclasses.replace(DECODED, dtype="bfloat16")
+    layer = jax.eval_shape(
+        lambda: transformer.unstack(transformer.init(config, jax.random.key(0)), config).layers[0]
+    )
+    _, compiled = decode_program("bfloat16", 1)
+    held = set(re.findall(r"bf16\[(\d+),(\d+)\]", compiled.as_text()))
+    for weight in (layer.query_key_value, layer.gate_up, layer.down):
+        rows, columns = map(str, weight.shape)
+        assert (rows, columns) in held
+        assert (columns, rows) not in held
+
+
 def test_bfloat16_products_accumulate_in_float32():
     """Without it they are wrong, and on CPU slower than float32."""
     lowered, _ = decode_program("bfloat16", 1)
