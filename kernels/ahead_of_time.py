@@ -103,7 +103,7 @@ def all_cases() -> dict[str, Case]:
 
 def _linear_logprob(n: int, width: int, vocab: int, implementation: str, gradient: bool) -> Case:
     # In memory XLA keeps the axis last that fills its tiles of 128: [D, V] at a width of 576.
-    vocab_major = width % 128 == 0 and implementation != "xla"
+    vocab_major = width % 128 == 0
 
     def forward(hidden: Any, matrix: Any, targets: Any) -> Any:
         return linear_logprob_and_entropy(
