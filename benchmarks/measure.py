@@ -58,12 +58,16 @@ Start = Callable[[str, int | None], Worker]
 
 
 def compare(
-    contenders: Sequence[Contender], start: Start, repeats: int, clock: str = "cpu"
+    contenders: Sequence[Contender],
+    start: Start,
+    repeats: int,
+    clock: str = "cpu",
+    on_run: Callable[[str], None] = lambda _: None,
 ) -> list[Timing]:
     """Warms every contender up, then runs them in turns, `repeats` rounds.
 
     Rates go by `clock`: "cpu" for process time, "wall" where the work is done elsewhere. Whoever
-    fails is missing, and the others go on.
+    fails is missing, and the others go on. `on_run` is told of every run in a line.
     """
     workers: dict[tuple[str, str, int | None], Worker | Missing] = {}
     try:
@@ -72,10 +76,13 @@ def compare(
         ]
         for entry in entries:
             entry.run("warm")
+            on_run(f"first run, {entry.told()}")
         for repeat in range(repeats):
             shift = repeat % len(entries)  # no contender always follows the same one
             for entry in entries[shift:] + entries[:shift]:
-                entry.run("run")
+                if not entry.missing:
+                    entry.run("run")
+                    on_run(f"round {repeat + 1} of {repeats}, {entry.told()}")
     finally:
         for worker in workers.values():
             if isinstance(worker, Worker):
@@ -137,6 +144,16 @@ class _Entry:
             self.warm = answer
         else:
             self.runs.append(answer)
+
+    def told(self) -> str:
+        """The latest run in a line."""
+        name = self.contender.name
+        if self.missing:
+            return f"{name}: missing, {self.missing}"
+        latest = self.runs[-1] if self.runs else self.warm
+        cpu, wall = latest["cpu_seconds"], latest["wall_seconds"]
+        amount = f"{self.amount(latest):.4g} {self.contender.unit}"
+        return f"{name}: {amount} in {cpu:.1f} CPU seconds, {wall:.1f} by the clock"
 
     def amount(self, run: dict[str, Any]) -> float:
         return run["amount"] * self.contender.scale

@@ -22,6 +22,7 @@ import platform as system
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 contenders = BENCHMARKS[name](setting)
                 repeats = min(options.repeats, 2) if name in LONG else options.repeats
                 load = os.getloadavg()
-                timings = compare(contenders, programs.start, repeats, clock) if contenders else []
+                told = partial(_progress, label + name)
+                timings = (
+                    compare(contenders, programs.start, repeats, clock, told) if contenders else []
+                )
                 report.add(label + name, BENCHMARKS[name].__doc__, timings, load, clock)
         finally:
             if weights:
@@ -56,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.close(targets.table(report.results), options.quick)
     if any(x.missing and x.worker == "ours" for y in report.results.values() for x in y):
         sys.exit("some of our own benchmarks failed; the tables say why")
+
+
+def _progress(name: str, run: str) -> None:
+    """Long benchmarks take most of an hour, and their table comes last."""
+    print(f"{name}: {run}", file=sys.stderr, flush=True)
 
 
 def machine(programs: Programs) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def test_turns_ratios_and_failures(tmp_path):
         Contender("gone", "peer", {"id": 3}),
         Contender("never", "absent", {"id": 4}),
     ]
-    fast, slow, refused, gone, never = compare(contenders, start, repeats=3)
+    told = []
+    fast, slow, refused, gone, never = compare(contenders, start, repeats=3, on_run=told.append)
     assert slow.speed == [0.5] * 3
     assert slow.rates == [5.0] * 3
     assert fast.facts == {}
@@ -159,6 +160,14 @@ def test_turns_ratios_and_failures(tmp_path):
     order = (tmp_path / "log").read_text().split()
     assert order == ["0", "1", "3", "0", "1", "1", "0", "0", "1"]
     assert markdown([fast, gone]).count("\n") == 4
+    assert [line.partition(":")[0] for line in told] == [
+        *(f"first run, {x.name}" for x in contenders),
+        *(f"round 1 of 3, {name}" for name in ("fast", "slow", "gone")),
+        *(f"round 2 of 3, {name}" for name in ("slow", "fast")),
+        *(f"round 3 of 3, {name}" for name in ("fast", "slow")),
+    ]
+    assert told[6] == "round 1 of 3, slow: 10 tokens in 2.0 CPU seconds, 9.0 by the clock"
+    assert "missing, its process ended with 7" in told[7]
 
 
 def test_the_roofline_is_the_slower_of_operations_and_bytes():
