@@ -1,20 +1,25 @@
 """Every test runs with the library's shape and type annotations checked by jaxtyping + beartype.
 
 XLA's optimisations are off: the programs of the tests are small and run a few times, and compiling
-them is where the time would go. A test about compiled programs turns them on with `optimised`.
+them is where the time would go. What one process has compiled, others of the same run load: workers
+of pytest, and those that tests start. A test about compiled programs has neither, by `optimised`.
 """
 
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import browsing
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 install_import_hook("spark_jax", "typechecking.check")
@@ -32,6 +37,15 @@ hypothesis.settings.load_profile("repeatable")
 browser = browsing.browser
 
 
+def pytest_configure(config):
+    """One folder of compiled programs for a run, made and removed by its first process."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Forgets compiled programs before they fill the process's memory maps: each takes several, and
@@ -45,8 +59,14 @@ def few_programs():
 
 @pytest.fixture
 def optimised():
-    """XLA as users run it."""
+    """XLA as users run it, and nothing loaded that was compiled before."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    _configure(jax_disable_most_optimizations=False, jax_enable_compilation_cache=False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    _configure(jax_disable_most_optimizations=before, jax_enable_compilation_cache=True)
+
+
+def _configure(**options):
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whether it is used is asked once
