@@ -334,6 +334,14 @@ TRAINING = {"policy_step", "policy_step_bfloat16", "sft_step", "train_variants",
 Program = tuple[str, str, str, int | None]  # name, worker, dtype, threads
 
 
+def contenders(name: str, setting: Setting) -> list[Contender]:
+    """Of the benchmark of that name. A TPU serves one process, so that ours share one there."""
+    chosen = BENCHMARKS[name](setting)
+    if setting.platform == "tpu":
+        return [dataclasses.replace(x, process="") for x in chosen]
+    return chosen
+
+
 def _decoders(setting: Setting, everyone: bool) -> list[Program]:
     """Ours and the peers that decode, on CPU a thread each: a second one costs all of them CPU
     time. `everyone` adds two threads, and dtypes in which a peer is expected to be slower."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sizes, targets
-from .jobs import BENCHMARKS, LONG, TRAINING, Setting
+from .jobs import BENCHMARKS, LONG, TRAINING, Setting, contenders
 from .measure import Timing, compare, markdown
 from .peers import FOLDER, PEERS, Missing, Programs
 
@@ -46,13 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.only:
                 if name in TRAINING and not size.trains:
                     continue
-                contenders = BENCHMARKS[name](setting)
+                entries = contenders(name, setting)
                 repeats = min(options.repeats, 2) if name in LONG else options.repeats
                 load = os.getloadavg()
                 told = partial(_progress, label + name)
-                timings = (
-                    compare(contenders, programs.start, repeats, clock, told) if contenders else []
-                )
+                timings = compare(entries, programs.start, repeats, clock, told) if entries else []
                 report.add(label + name, BENCHMARKS[name].__doc__, timings, load, clock)
         finally:
             if weights:

@@ -221,7 +221,7 @@ def test_every_target_names_contenders_that_exist():
     results = {}
     for platform, label in (("cpu", ""), ("gpu", "1.5B ")):
         setting = jobs.Setting(sizes.QUICK, platform, "nowhere")
-        for name, contenders in jobs.BENCHMARKS.items():
+        for name in jobs.BENCHMARKS:
             results[label + name] = [
                 timing(
                     x.name,
@@ -231,9 +231,16 @@ def test_every_target_names_contenders_that_exist():
                     temporaries=1,
                     facts={"largest gap, nat": 1.0},
                 )
-                for x in contenders(setting)
+                for x in jobs.contenders(name, setting)
             ]
     assert "not measured" not in targets.table(results)
+
+
+@pytest.mark.parametrize("name", jobs.BENCHMARKS)
+def test_ours_share_the_one_process_that_a_tpu_serves(name):
+    setting = jobs.Setting(sizes.QUICK, "tpu", None)
+    places = {x.place for x in jobs.contenders(name, setting) if x.worker == "ours"}
+    assert places <= {("ours", "", None)}
 
 
 @pytest.mark.slow

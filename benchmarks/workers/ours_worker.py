@@ -62,7 +62,10 @@ def generate(job: Job) -> Run:
         jax.block_until_ready(rollout)
         return {
             "amount": int(rollout.mask.sum()),
-            "facts": {"slots busy": float(rollout.slot_occupancy)},
+            "facts": {
+                "slots busy": float(rollout.slot_occupancy),
+                "while any sample waits": float(rollout.queue_occupancy),
+            },
             "tokens": _few(rollout.tokens) if settings.get("greedy") else None,
         }
 

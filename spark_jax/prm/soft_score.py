@@ -24,7 +24,8 @@ def soft_verdict(
 
     1/2 where both are -inf, for then the model says nothing about the two words.
     """
-    difference = np.where(yes_logprob == no_logprob, 0.0, yes_logprob - no_logprob)
+    with np.errstate(invalid="ignore"):  # of two -inf, which is not taken
+        difference = np.where(yes_logprob == no_logprob, 0.0, yes_logprob - no_logprob)
     return np.exp(-np.logaddexp(0.0, -difference))
 
 
