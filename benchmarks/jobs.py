@@ -328,6 +328,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Contender]]] = {
     "weight_layout": weight_layout,
     "loading": loading,
 }
+CPU_ONLY = {"settings", "loading", "policy_step"}  # comparisons with Tunix and with files
 LONG = {"stage_one", "continuous_batching"}  # two rounds at most
 TRAINING = {"policy_step", "policy_step_bfloat16", "sft_step", "train_variants", "advantages"}
 

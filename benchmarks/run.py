@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sizes, targets
-from .jobs import BENCHMARKS, LONG, TRAINING, Setting, contenders
+from .jobs import BENCHMARKS, CPU_ONLY, LONG, TRAINING, Setting, contenders
 from .measure import Timing, compare, markdown
 from .peers import FOLDER, PEERS, Missing, Programs
 
@@ -182,7 +182,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers-folder", type=Path, default=FOLDER, help="for their environments")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args(arguments)
-    on_accelerators = [x for x in BENCHMARKS if x not in _CPU_ONLY]
+    on_accelerators = [x for x in BENCHMARKS if x not in CPU_ONLY]
     every = list(BENCHMARKS) if options.platform == "cpu" else on_accelerators
     options.only = options.only.split(",") if options.only else every
     for name in options.only:
@@ -195,9 +195,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.repeats < 1:
         parser.error(f"--repeats: {options.repeats}; it must be at least 1")
     return options
-
-
-_CPU_ONLY = {"settings", "loading", "policy_step"}  # comparisons with Tunix and with files
 
 
 if __name__ == "__main__":
