@@ -5,8 +5,8 @@ log-sum-exp, entropy and target score are taken, and are computed again in the b
 temporaries are a few block · V floats instead of N · V.
 
 "pallas_tpu" holds scores in VMEM only, in tiles of the vocabulary too, and needs no temporaries. It
-is faster where the scores of a block do not fit in VMEM, and slower where they do and XLA keeps
-them there (docs/performance.md). "pallas_gpu" needs no temporaries in the forward pass; it has been
+is taken where the scores of a block do not fit in VMEM; where they do, XLA may keep them there, or
+may not (docs/performance.md). "pallas_gpu" needs no temporaries in the forward pass; it has been
 lowered for CUDA and interpreted but not timed on a GPU, and is taken only where it is asked for.
 
 With a mesh in scope each device walks its own tokens against its own share of the vocabulary, with
