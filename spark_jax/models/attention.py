@@ -28,6 +28,8 @@ LONG = 4096  # tokens
 BLOCK_SCORES = 2**19
 """Scores of one head and row that "blockwise" holds at once: 2 MiB."""
 
+_FEWEST_QUERIES = 64  # of a block: fewer make thin products
+
 _MASKED = -1e30  # finite, so that a fully masked row gives uniform weights rather than NaN
 
 Template = tuple[Float[Array, "G K C"], Float[Array, "G C K"]]
@@ -51,8 +53,7 @@ def causal(
     if implementation in ("auto", "triton"):
         implementation = _fitting(before + segment_ids.shape[1], dtype)
     if implementation == "dense":
-        mask = _causal_mask(segment_ids)
-        return lambda q, k, v, template: _attend(q, k, v, mask, template)
+        return functools.partial(_dense, _causal_mask(segment_ids))
     return functools.partial(_LONG[implementation], segment_ids)
 
 
@@ -337,6 +338,24 @@ _LONG: dict[str, Callable[..., Array]] = {
 
 
 # --- scores held whole -------------------------------------------------------------------------
+
+
+def _dense(
+    mask: Bool[Array, "B T T"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    template: Template | None,
+) -> Float[Array, "B T H K"]:
+    """`_attend` for up to four blocks of queries, each with the keys up to its last one only: of
+    the square of scores, of which a causal mask lets half count, five eighths are computed."""
+    block = max(_FEWEST_QUERIES, -(-q.shape[1] // 4))
+
+    def one(start: int) -> Array:
+        rows, seen = slice(start, start + block), slice(start + block)
+        return _attend(q[:, rows], k[:, seen], v[:, seen], mask[:, rows, seen], template)
+
+    return jnp.concatenate([one(start) for start in range(0, q.shape[1], block)], axis=1)
 
 
 def _causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
