@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     config.model = "arithmetic_chains"
     config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
     config.attention = "auto"  # by platform and length; or one of `models.config.ATTENTION`
+    # Outputs that training stores instead of computing them again, where memory is left: see
+    # `ModelConfig.remat_save`. For one, ("qkv_proj", "out_proj").
+    config.remat_save = ()
     config.chat = chat()
     # Devices along each axis, of all processes; one may be -1, what the others leave. Rows of
     # batches are spread over data and fsdp, parameters over fsdp and tensor. All 1: one device.

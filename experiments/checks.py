@@ -23,7 +23,7 @@ from spark_jax.experiments import configuration, loading
 from spark_jax.experiments.configuration import Config, ConfigError, make_or_refuse
 from spark_jax.models import checkpoints
 from spark_jax.models import config as model_config
-from spark_jax.models.config import ATTENTION, ModelConfig
+from spark_jax.models.config import ATTENTION, PROJECTIONS, ModelConfig
 from spark_jax.parallel import mesh as meshes
 from spark_jax.prm.evaluate import JUDGE_KINDS
 from spark_jax.rewards import monitor
@@ -47,6 +47,8 @@ def check_common(config: Config) -> None:
         )
     _choose("dtype", config.dtype, ("float32", "bfloat16"))
     _choose("attention", config.attention, ATTENTION)
+    for name in config.remat_save:
+        _choose("remat_save", name, PROJECTIONS)
     if config.decode.cache_dtype is not None:
         _choose("decode.cache_dtype", config.decode.cache_dtype, ("int8",))
     make_or_refuse("chat", lambda: configuration.chat_options(config))

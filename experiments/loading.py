@@ -18,7 +18,7 @@ from spark_jax.text_generation import TextModel
 from spark_jax.training import spread
 
 # Fields of a model's configuration in which a policy and its reference may differ.
-HOW_COMPUTED = ("dtype", "max_positions", "remat", "attention", "cache_dtype")
+HOW_COMPUTED = ("dtype", "max_positions", "remat", "remat_save", "attention", "cache_dtype")
 
 
 class Loaded(NamedTuple):
@@ -96,7 +96,10 @@ def _as_configured(loaded: Loaded, config: Config) -> Loaded:
 def how_computed(model: ModelConfig, config: Config) -> ModelConfig:
     """The model's shape with what the experiment says of how it is computed."""
     return dataclasses.replace(
-        model, attention=config.attention, cache_dtype=config.decode.cache_dtype
+        model,
+        attention=config.attention,
+        cache_dtype=config.decode.cache_dtype,
+        remat_save=tuple(config.remat_save),
     )
 
 

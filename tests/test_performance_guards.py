@@ -18,7 +18,7 @@ from compilations import Compilations
 from spark_jax import decoding, scoring
 from spark_jax.decoding import Sampling, decoder, generate
 from spark_jax.models import transformer
-from spark_jax.models.config import ModelConfig
+from spark_jax.models.config import PROJECTIONS, ModelConfig
 from spark_jax.training import optimizer, state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.sft import SFTBatch, sft_step
@@ -289,6 +289,36 @@ def test_layers_that_are_computed_again_are_not_kept():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) <= temporaries(remat=False) / 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "products"),
+    [("qkv_proj", 3), ("out_proj", 1), ("gate_proj", 1), ("up_proj", 1), (PROJECTIONS, 6)],
+)
+def test_what_is_stored_is_not_multiplied_again(stored, products):
+    tokens = shape((2, 8), jnp.int32)
+
+    def count(stored):
+        config = ModelConfig(64, 64, 2, 4, 2, 16, 128, remat_save=stored)
+        params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+        def loss(p, t):
+            return jnp.mean(scoring.token_logprobs(p, config, t))
+
+        return jax.jit(jax.grad(loss)).lower(params, tokens).as_text().count("dot_general")
+
+    stored = (stored,) if isinstance(stored, str) else stored
+    assert count(()) - count(stored) == products
+
+
+def test_most_scores_above_the_diagonal_are_not_computed():
+    length = 256
+    params = jax.eval_shape(lambda: transformer.init(TRAINED, jax.random.key(0)))
+    run = jax.jit(lambda p, t: transformer.forward(p, TRAINED, t))
+    text = run.lower(params, shape((1, length), jnp.int32)).as_text()
+    queries_of_keys = set(re.findall(r"tensor<(?:\d+x){2,}(\d+)x(\d+)xf32>", text))
+    assert {("64", str(keys)) for keys in (64, 128, 192, 256)} <= queries_of_keys
+    assert (str(length), str(length)) not in queries_of_keys
 
 
 def shape(sizes, dtype=jnp.float32):

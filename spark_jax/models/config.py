@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+PROJECTIONS = ("qkv_proj", "out_proj", "gate_proj", "up_proj")
+
 ATTENTION = ("auto", "dense", "blockwise", "splash", "cudnn", "triton")
 
 
@@ -47,6 +49,10 @@ class ModelConfig:
     """Compute dtype of activations, weights in use and KV cache: "float32" or "bfloat16"."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of storing its activations."""
+    remat_save: tuple[str, ...] = ()
+    """Which of `PROJECTIONS` to store all the same: where memory is left, each saves a product. Of
+    a token and layer "qkv_proj" stores (H + 2 H_kv) K numbers, "out_proj" (what attention leaves of
+    the residual stream) D, the other two F each."""
     attention: str = "auto"
     """What computes attention, of `ATTENTION`: see `models.attention`."""
     cache_dtype: str | None = None
@@ -62,6 +68,9 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
+        unknown = sorted(set(self.remat_save) - set(PROJECTIONS))
+        if unknown:
+            raise ValueError(f"remat_save has {unknown}; choose from {list(PROJECTIONS)}")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r}; choose from {list(ATTENTION)}")
         if self.cache_dtype not in (None, "int8"):

@@ -23,6 +23,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from spark_jax.models import attention, rotary
@@ -284,8 +285,10 @@ def _run(
     elif isinstance(per_layer, Segment) and attention.in_place(config.attention):
         x, collected = _scan_in_place(step, x, params.layers, per_layer)
     else:
-        body = jax.checkpoint(step) if config.remat else step
-        x, collected = jax.lax.scan(body, x, (params.layers, per_layer))
+        if config.remat:
+            stored = jax.checkpoint_policies.save_only_these_names(*config.remat_save)
+            step = jax.checkpoint(step, policy=stored)
+        x, collected = jax.lax.scan(step, x, (params.layers, per_layer))
     return _rms_norm(x, params.final_norm, config), collected
 
 
@@ -333,7 +336,8 @@ def _layer(
     layer = _constrain_layer(layer, config)
     dtype = _between_products(config)
     h = _rms_norm(x, layer.attention_norm, config)
-    q, k, v = (y.astype(dtype) for y in layer.queries_keys_values(h))
+    projected = tuple(y.astype(dtype) for y in layer.queries_keys_values(h))
+    q, k, v = checkpoint_name(projected, "qkv_proj")
     q = constrain(q, ("batch", "length", "heads", None))
     k, v = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (k, v))
     if config.qk_norm:
@@ -343,8 +347,10 @@ def _layer(
     attended, output = attend(q, k, v.astype(config.compute_dtype))
     attended = constrain(attended, ("batch", "length", "heads", None))
     x = constrain((x + layer.attention_output(attended)).astype(dtype), stream)
+    x = checkpoint_name(x, "out_proj")  # the sum, so that it is not made again either
     h = _rms_norm(x, layer.mlp_norm, config)
     gate, up = (constrain(y.astype(dtype), (*stream[:2], "mlp")) for y in layer.gate_and_up(h))
+    gate, up = checkpoint_name(gate, "gate_proj"), checkpoint_name(up, "up_proj")
     gated = (jax.nn.silu(gate) * up).astype(config.compute_dtype)
     return constrain((x + layer.mlp_output(gated)).astype(dtype), stream), output
 

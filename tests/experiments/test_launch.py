@@ -28,6 +28,7 @@ from spark_jax.experiments.configuration import ConfigError
         ({"model": "nowhere"}, "model='nowhere' is no checkpoint folder.*smollm2-135m-instruct"),
         ({"dtype": "float16"}, "dtype='float16'.*bfloat16"),
         ({"attention": "flash"}, "attention='flash'.*blockwise"),
+        ({"remat_save": ("mlp",)}, "remat_save='mlp'.*out_proj"),
         ({"decode.cache_dtype": "int4"}, "decode.cache_dtype='int4'.*int8"),
         ({"chat.template": "maybe"}, "chat: chat.template='maybe'; choose auto"),
         ({"verify.model": "nowhere"}, "verify.model='nowhere' is no checkpoint folder"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spark_jax.models import attention, cache, transformer
-from spark_jax.models.config import ModelConfig
+from spark_jax.models.config import PROJECTIONS, ModelConfig
 
 PLAIN = ModelConfig(
     vocab_size=50,
@@ -189,12 +189,19 @@ def test_remat_changes_no_gradient(model):
     params, config = model
     tokens = random_tokens((2, 6))
 
-    def loss(p, remat):
-        return jnp.sum(jnp.sin(full_logits(p, dataclasses.replace(config, remat=remat), tokens)))
+    def loss(p, config):
+        return jnp.sum(jnp.sin(full_logits(p, config, tokens)))
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    with_remat, without = grad(params, True), grad(params, False)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), with_remat, without)
+    without = grad(params, dataclasses.replace(config, remat=False))
+    for stored in ((), ("qkv_proj", "out_proj"), PROJECTIONS):
+        again = grad(params, dataclasses.replace(config, remat=True, remat_save=stored))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, without)
+
+
+def test_what_remat_may_store_is_named():
+    with pytest.raises(ValueError, match=r"remat_save has \['down_proj'\]; .*'qkv_proj'"):
+        dataclasses.replace(PLAIN, remat_save=("qkv_proj", "down_proj"))
 
 
 def test_config_refuses_impossible_heads():
