@@ -250,12 +250,18 @@ def sft_step(setting: Setting) -> list[Contender]:
 
 
 def train_variants(setting: Setting) -> list[Contender]:
-    """Ours: all rows at once, in parts, and without rematerialisation."""
+    """Ours: all rows at once, in parts, with what attention multiplies stored, and without
+    rematerialisation."""
+    stored = {"remat_save": ["qkv_proj", "out_proj"]}
     return [
-        _training(setting, "policy", "ours, float32", "ours", "float32"),
-        _training(setting, "policy", "ours, float32, 4 parts", "ours", "float32", parts=4),
-        _training(setting, "policy", "ours, float32, no remat", "ours", "float32", remat=False),
-        _training(setting, "policy", "ours, bfloat16", "ours", "bfloat16"),
+        _training(setting, "policy", f"ours, {dtype}{name}", "ours", dtype, **how)
+        for dtype in ("float32", "bfloat16")
+        for name, how in (
+            ("", {}),
+            (", 4 parts", {"parts": 4}),
+            (", projections stored", stored),
+            (", no remat", {"remat": False}),
+        )
     ]
 
 

@@ -366,7 +366,10 @@ WORK: dict[str, Callable[[Job], Run]] = {
 def _config(job: Job) -> ModelConfig:
     model = config.from_hf(job["model"], dtype=job["dtype"])
     return dataclasses.replace(
-        model, remat=job.get("remat", True), cache_dtype=job.get("cache_dtype")
+        model,
+        remat=job.get("remat", True),
+        remat_save=tuple(job.get("remat_save", ())),
+        cache_dtype=job.get("cache_dtype"),
     )
 
 
