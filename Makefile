@@ -58,7 +58,7 @@ test: lint types $(TESTED)
 	$(BIN)/python -m $(PYTEST) -m 'not slow'
 
 test-slow: $(TESTED)
-	$(BIN)/python -m $(PYTEST) -m slow
+	$(BIN)/python -m $(PYTEST) --no-loadscope-reorder -m slow
 
 # The newest jax, on the first Python >= 3.12 that is found; reports and stops where there is none.
 test-latest:

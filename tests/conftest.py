@@ -5,6 +5,7 @@ them is where the time would go. What one process has compiled, others of the sa
 of pytest, and those that tests start. A test about compiled programs has neither, by `optimised`.
 """
 
+import collections
 import gc
 import os
 import shutil
@@ -44,6 +45,15 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder))
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one at the end."""
+    minutes = collections.Counter()
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            minutes[item.path] += mark.kwargs.get("minutes", 1)
+    items.sort(key=lambda item: -minutes[item.path])
 
 
 @pytest.fixture(scope="module", autouse=True)

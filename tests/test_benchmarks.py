@@ -243,7 +243,7 @@ def test_ours_share_the_one_process_that_a_tpu_serves(name):
     assert places <= {("ours", "", None)}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=6)
 def test_every_benchmark_runs(tmp_path):
     done = bench("--repeats=1", "--peers=none", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

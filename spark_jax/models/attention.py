@@ -1,6 +1,6 @@
 """Attention of whole sequences to themselves, and of one query per slot to a cache.
 
-Whole sequences below `LONG` tokens hold their scores [T, T] ("dense"). Longer ones never do:
+Whole sequences below `LONG` tokens hold their scores, most of [T, T] ("dense"). Longer ones never:
 "splash" is the Pallas kernel that ships with jax for TPUs, "cudnn" the fused kernel of cuDNN for
 GPUs, fed a block of queries at a time, and "blockwise" is XLA on every platform, a block of queries
 at a time, which computes what "dense" does. `ModelConfig.attention` forces one of them.

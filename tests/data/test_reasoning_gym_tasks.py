@@ -216,7 +216,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
         task()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_every_dataset_of_the_package_works():
     """Each dataset gives problems, and grades its own answer right."""
     from reasoning_gym.factory import DATASETS

@@ -428,7 +428,7 @@ def test_two_cores_a_chip_and_several_slices(small, topology, num_slices, mesh):
 RECORDED_WITH = {"jax": "0.10.2", "libtpu": "0.0.42.1"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 @needs_libtpu
 @pytest.mark.parametrize(
     ("topology", "mesh", "temporaries"),  # GiB of a device

@@ -100,7 +100,7 @@ def moment(rng, kind, path, pid):
     return delay
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 def test_killed_twenty_times_and_once_more_while_the_model_is_exported(starter, tmp_path):
     runs = starter()
     runs.start(tmp_path / "whole")

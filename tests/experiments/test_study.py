@@ -107,7 +107,7 @@ def voted_detection(folder):
     return np.mean(seen) if seen else None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_a_study_resumes_and_says_what_its_runs_found(config, tmp_path, monkeypatch, early_models):
     run, calls = train_rl.run, []
 

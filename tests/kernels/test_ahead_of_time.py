@@ -66,7 +66,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
         ahead_of_time.report()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 @pytest.mark.skipif(not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods")
 def test_kernels_compile_for_all_generations_and_hold_no_scores():
     """Temporaries are a share of the reference's wherever the reference leaves VMEM."""

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
     [
         ("on_eight_devices.py", "not slow"),
         ("equal_on_eight_devices.py", "not slow"),
-        pytest.param("equal_on_eight_devices.py", "slow", marks=pytest.mark.slow),
+        pytest.param("equal_on_eight_devices.py", "slow", marks=pytest.mark.slow(minutes=5)),
     ],
 )
 def test_on_eight_devices(file, which):
