@@ -250,19 +250,21 @@ def sft_step(setting: Setting) -> list[Contender]:
 
 
 def train_variants(setting: Setting) -> list[Contender]:
-    """Ours: all rows at once, in parts, with what attention multiplies stored, and without
-    rematerialisation."""
-    stored = {"remat_save": ["qkv_proj", "out_proj"]}
+    """Ours: all rows at once, in parts, with the outputs of attention's products stored, and
+    without rematerialisation."""
     return [
-        _training(setting, "policy", f"ours, {dtype}{name}", "ours", dtype, **how)
-        for dtype in ("float32", "bfloat16")
-        for name, how in (
-            ("", {}),
-            (", 4 parts", {"parts": 4}),
-            (", projections stored", stored),
-            (", no remat", {"remat": False}),
-        )
+        _training(setting, "policy", f"ours, {name}", "ours", name.split(",")[0], **how)
+        for name, how in VARIANTS.items()
     ]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32, 4 parts": {"parts": 4},
+    "float32, attention stored": {"remat_save": ["qkv_proj", "out_proj"]},
+    "float32, no remat": {"remat": False},
+    "bfloat16": {},
+}
 
 
 def advantages(setting: Setting) -> list[Contender]:

@@ -70,8 +70,8 @@ def get_config() -> ConfigDict:
     config.model = "arithmetic_chains"
     config.dtype = "float32"  # or bfloat16: what is computed in; what is trained stays float32
     config.attention = "auto"  # by platform and length; or one of `models.config.ATTENTION`
-    # Outputs that training stores instead of computing them again, where memory is left: see
-    # `ModelConfig.remat_save`. For one, ("qkv_proj", "out_proj").
+    # What training stores instead of computing it again, where memory is left, such as
+    # ("qkv_proj", "out_proj"): see `ModelConfig.remat_save`.
     config.remat_save = ()
     config.chat = chat()
     # Devices along each axis, of all processes; one may be -1, what the others leave. Rows of

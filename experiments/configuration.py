@@ -102,8 +102,7 @@ def objective_fields(config: Config) -> dict[str, Any]:
 def sub_config(config: Config, *sections: str, **changes: Any) -> Config:
     """What one stage needs of a larger configuration: its folder depends on nothing else, not on
     the mesh either."""
-    computed = ("dtype", "attention", "remat_save", "decode")
-    names = ("seed", "task", "task_options", "model", "chat", *computed)
+    names = ("seed", "task", "task_options", "model", "dtype", "attention", "chat", "decode")
     part = ml_collections.ConfigDict({name: config[name] for name in (*names, *sections)})
     return changed(part, changes)
 

@@ -99,7 +99,7 @@ def how_computed(model: ModelConfig, config: Config) -> ModelConfig:
         model,
         attention=config.attention,
         cache_dtype=config.decode.cache_dtype,
-        remat_save=tuple(config.remat_save),
+        remat_save=tuple(config.get("remat_save", ())),  # stages that train have it
     )
 
 

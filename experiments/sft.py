@@ -42,7 +42,7 @@ from spark_jax.training.sft import SFTBatch, index_targets, pack, sft_step
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Fine-tunes `config.model` in the folder `path`; returns its summary. Progress: updates."""
     checks.check_sft(config)
-    config = configuration.sub_config(config, "sft")
+    config = configuration.sub_config(config, "remat_save", "sft")
     loaded = loading.load_trainable(config, config.model)
     examples = task_examples(config, loaded.tokenizer)
     folder = RunFolder.open(path, config)

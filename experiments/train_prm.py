@@ -35,7 +35,7 @@ from spark_jax.verification.aggregate import balance
 def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Stage II in the folder `path`; returns its summary. Progress is in updates."""
     checks.check_prm(config)
-    config = configuration.sub_config(config, "generate", "verify", "prm", "evaluate")
+    config = configuration.sub_config(config, "remat_save", "generate", "verify", "prm", "evaluate")
     task = loading.load_task(config)
     loaded = loading.load_trainable(config, config.prm.model or config.model)
     pairs, counts = examples(config, loading.for_model(task, loaded.tokenizer, config))

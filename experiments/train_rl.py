@@ -119,7 +119,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     checks.check_rl(config)
     if config.rl.reward in REWARDS_THAT_JUDGE:  # of a pipeline it is made before this run begins
         checks.model_exists("rl.reward_model", config.rl.reward_model)
-    config = configuration.sub_config(config, "rl", "prm", "generate", "evaluate")
+    config = configuration.sub_config(config, "remat_save", "rl", "prm", "generate", "evaluate")
     loaded = loading.load_trainable(config, config.model)
     reference = _reference_policy(config, loaded.params, loaded.config)
     folder = RunFolder.open(path, config)

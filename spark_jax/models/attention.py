@@ -337,7 +337,7 @@ _LONG: dict[str, Callable[..., Array]] = {
 }
 
 
-# --- scores held whole -------------------------------------------------------------------------
+# --- scores held -------------------------------------------------------------------------------
 
 
 def _dense(
@@ -347,15 +347,18 @@ def _dense(
     v: Float[Array, "B T G K"],
     template: Template | None,
 ) -> Float[Array, "B T H K"]:
-    """`_attend` for up to four blocks of queries, each with the keys up to its last one only: of
-    the square of scores, of which a causal mask lets half count, five eighths are computed."""
-    block = max(_FEWEST_QUERIES, -(-q.shape[1] // 4))
+    """`_attend` for up to four blocks of queries, each with the keys up to its last one only: four
+    compute five eighths of the square of scores, of which a causal mask lets half count."""
+    length = q.shape[1]
+    block = -(-length // min(4, max(1, length // _FEWEST_QUERIES)))
+    # Rounded in products only, so that the gradients of the blocks are added in float32.
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
 
     def one(start: int) -> Array:
         rows, seen = slice(start, start + block), slice(start + block)
         return _attend(q[:, rows], k[:, seen], v[:, seen], mask[:, rows, seen], template)
 
-    return jnp.concatenate([one(start) for start in range(0, q.shape[1], block)], axis=1)
+    return jnp.concatenate([one(start) for start in range(0, length, block)], axis=1)
 
 
 def _causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -373,7 +376,8 @@ def _attend(
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention; the queries of one KV head are folded, KV is never repeated.
 
-    With a template's keys and values every query attends to all of them too.
+    With a template's keys and values every query attends to all of them too. Multiplied in q's
+    dtype; k and v may be wider.
     """
     b, t, h, d = q.shape
     # Batch axes first, so that scores come as they lie: no transposed copy of them is made.
@@ -391,7 +395,7 @@ def _attend(
     if template is not None:
         folded = queries.reshape(b, k.shape[2], -1, d)
         parts.append(_template_part(folded, template))
-    out = _join(parts, v.dtype).reshape(b, k.shape[2], -1, t, d)
+    out = _join(parts, q.dtype).reshape(b, k.shape[2], -1, t, d)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(q.dtype)
 
 

@@ -68,13 +68,21 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
-        unknown = sorted(set(self.remat_save) - set(PROJECTIONS))
-        if unknown:
-            raise ValueError(f"remat_save has {unknown}; choose from {list(PROJECTIONS)}")
+        self._check_remat()
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r}; choose from {list(ATTENTION)}")
         if self.cache_dtype not in (None, "int8"):
             raise ValueError(f"cache_dtype={self.cache_dtype!r}; choose None or 'int8'")
+
+    def _check_remat(self) -> None:
+        unknown = sorted(set(self.remat_save) - set(PROJECTIONS))
+        if unknown:
+            raise ValueError(f"remat_save has {unknown}; choose from {list(PROJECTIONS)}")
+        if self.remat_save and not self.remat:
+            raise ValueError(
+                f"remat_save={self.remat_save} with remat=False, which stores everything; leave "
+                "one of them out"
+            )
 
     @property
     def compute_dtype(self) -> np.dtype:

@@ -38,6 +38,13 @@ def test_stage1_reports_every_method(tiny, stage1):
     assert any(item.merge == "merged" for record in records for item in record.aggregated)
 
 
+def test_what_training_stores_is_no_part_of_sampling(tiny):
+    config = configuration.changed(tiny, {"remat_save": ("qkv_proj", "out_proj")})
+    model = loading.load_trainable(config, config.model).config
+    assert model.remat_save == ("qkv_proj", "out_proj")
+    assert "remat_save" not in configuration.sub_config(config, "generate", "verify")
+
+
 @pytest.mark.parametrize("calls", [2, 4])
 def test_stage1_resumes_to_the_same_files(tiny, stage1, tmp_path, calls):
     with pytest.raises(Stop):

@@ -84,10 +84,12 @@ def test_every_advantage_runs_and_teaches(tiny, reward_models, tmp_path, advanta
 
 
 def test_another_reference_policy(tiny, reward_models, tmp_path):
-    """Against another reference than itself, the masked step advantage alone does teach."""
-    changes = {"rl.reward": "random", "rl.advantage": "masked_step"}
+    """Against another reference than itself, the masked step advantage alone does teach; what
+    training stores makes no other policy."""
+    changes = {"rl.reward": "random", "rl.advantage": "masked_step", "remat_save": ("qkv_proj",)}
     run(tiny, tmp_path, {**changes, "rl.reference_model": reward_models["prm_cot"]})
     assert learned(tmp_path, tiny)
+    assert json.loads((tmp_path / "config.json").read_text())["remat_save"] == ["qkv_proj"]
 
 
 def test_a_reference_policy_that_moves_with_the_policy_gives_no_process_reward(tiny, tmp_path):

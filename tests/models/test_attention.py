@@ -97,6 +97,31 @@ def test_blocks_of_queries_attend_as_all_of_them(kind):
     check("blockwise", SEGMENTS[kind])
 
 
+@pytest.mark.parametrize("kind", SEGMENTS)
+@pytest.mark.parametrize("before", [0, 9])
+def test_four_blocks_attend_as_one(kind, before, monkeypatch):
+    monkeypatch.setattr(attention, "_FEWEST_QUERIES", 8)
+    check("blockwise", SEGMENTS[kind], template(before) if before else None)
+
+
+def test_blocks_add_their_gradients_in_float32(monkeypatch):
+    """Those of keys and values, to which all blocks contribute, in bfloat16."""
+    wide = arrays(ROWS)
+    narrow = tuple(x.astype(jnp.bfloat16) for x in wide)
+
+    def gradients(qkv, fewest):
+        monkeypatch.setattr(attention, "_FEWEST_QUERIES", fewest)
+        attend = attention.causal(jnp.asarray(SEGMENTS["whole"]), "dense", qkv[0].dtype)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(attend(*x, None).astype(jnp.float32))))(qkv)[1:]
+
+    def error(fewest):
+        pairs = zip(gradients(narrow, fewest), gradients(wide, LENGTH), strict=True)
+        return [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
+
+    for four, one in zip(error(8), error(LENGTH), strict=True):
+        assert four <= 1.02 * one
+
+
 @pytest.mark.usefixtures("small_blocks", "without_cudnn")
 @pytest.mark.parametrize("name", ["blockwise", "cudnn"])
 def test_a_template_is_seen_by_every_query(name):
@@ -241,9 +266,10 @@ def test_a_template_counts_as_length():
         arguments = (tiny_model.params(), config, tokens, lengths, before)
         return str(jax.make_jaxpr(lambda: transformer.prefill(*arguments))())
 
-    assert f"{own},{own}]" in prefill(None)  # below the limit all scores are held
-    assert f"{own},{own}]" not in prefill(before)
-    assert f"{own},{attention.LONG}]" not in prefill(before)
+    last = own // 4  # queries, whose scores are held together below the limit
+    assert f",{last},{own}]" in prefill(None)
+    assert f",{last},{own}]" not in prefill(before)
+    assert f",{last},{attention.LONG}]" not in prefill(before)
 
 
 @pytest.mark.usefixtures("optimised")

@@ -199,9 +199,16 @@ def test_remat_changes_no_gradient(model):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, without)
 
 
-def test_what_remat_may_store_is_named():
-    with pytest.raises(ValueError, match=r"remat_save has \['down_proj'\]; .*'qkv_proj'"):
-        dataclasses.replace(PLAIN, remat_save=("qkv_proj", "down_proj"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remat_save": ("qkv_proj", "down_proj")}, r"has \['down_proj'\]; .*'qkv_proj'"),
+        ({"remat_save": ("qkv_proj",), "remat": False}, "remat=False, which stores everything"),
+    ],
+)
+def test_what_remat_may_store_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAIN, **changes)
 
 
 def test_config_refuses_impossible_heads():
