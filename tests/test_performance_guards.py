@@ -276,16 +276,10 @@ def test_scoring_never_holds_all_scores():
 
 def test_layers_that_are_computed_again_are_not_kept():
     """With rematerialisation temporaries do not grow with every layer's activations."""
-    tokens = shape((8, 256), jnp.int32)
 
     def temporaries(remat):
         config = ModelConfig(64, 64, 12, 4, 2, 16, 512, remat=remat)
-        params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-
-        def loss(p, t):
-            return jnp.mean(scoring.token_logprobs(p, config, t))
-
-        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+        compiled = gradient_of_logprobs(config, shape((8, 256), jnp.int32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) <= temporaries(remat=False) / 3
@@ -296,16 +290,10 @@ def test_layers_that_are_computed_again_are_not_kept():
     [("qkv_proj", 3), ("out_proj", 1), ("gate_proj", 1), ("up_proj", 1), (PROJECTIONS, 6)],
 )
 def test_what_is_stored_is_not_multiplied_again(stored, products):
-    tokens = shape((2, 8), jnp.int32)
-
     def count(stored):
         config = ModelConfig(64, 64, 2, 4, 2, 16, 128, remat_save=stored)
-        params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-
-        def loss(p, t):
-            return jnp.mean(scoring.token_logprobs(p, config, t))
-
-        return jax.jit(jax.grad(loss)).lower(params, tokens).as_text().count("dot_general")
+        lowered = gradient_of_logprobs(config, shape((2, 8), jnp.int32))
+        return lowered.as_text().count("dot_general")
 
     stored = (stored,) if isinstance(stored, str) else stored
     assert count(()) - count(stored) == products
@@ -319,6 +307,16 @@ def test_most_scores_above_the_diagonal_are_not_computed():
     queries_of_keys = set(re.findall(r"tensor<(?:\d+x){2,}(\d+)x(\d+)xf32>", text))
     assert {("64", str(keys)) for keys in (64, 128, 192, 256)} <= queries_of_keys
     assert (str(length), str(length)) not in queries_of_keys
+
+
+def gradient_of_logprobs(config, tokens):
+    """The lowered gradient, by all parameters, of the mean log-prob of tokens."""
+    params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+    def loss(p, t):
+        return jnp.mean(scoring.token_logprobs(p, config, t))
+
+    return jax.jit(jax.grad(loss)).lower(params, tokens)
 
 
 def shape(sizes, dtype=jnp.float32):
