@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spark_jax.models import config
+from spark_jax.models.config import PROJECTIONS
 
 from . import roofline
 from .measure import Contender
@@ -219,16 +220,20 @@ def policy_step(setting: Setting) -> list[Contender]:
 
 def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     """The same, computed in bfloat16. "autocast" keeps float32 weights as ours does; the other
-    peers hold weights and moments in bfloat16."""
+    peers hold weights and moments in bfloat16. "projections stored" makes none of a layer's
+    products again in the backward pass; the peers store all."""
     contenders = []
-    for worker, dtype, most in (
-        ("ours", "bfloat16", 2),
-        ("transformers", "autocast", 1),
-        ("transformers", "bfloat16", 2),
+    how: dict[str, Any]
+    for worker, variant, most, how in (
+        ("ours", "bfloat16", 2, {}),
+        ("ours", "bfloat16, projections stored", 2, {"remat_save": PROJECTIONS}),
+        ("transformers", "autocast", 1, {}),
+        ("transformers", "bfloat16", 2, {}),
     ):
+        dtype = variant.split(",")[0]
         for threads in range(1, 1 + most) if setting.platform == "cpu" else (None,):
-            name = f"{worker}, {dtype}{_threads(threads)}"
-            contenders.append(_training(setting, "policy", name, worker, dtype, threads))
+            name = f"{worker}, {variant}{_threads(threads)}"
+            contenders.append(_training(setting, "policy", name, worker, dtype, threads, **how))
     size = setting.size
     job = {"rows": size.batch, "length": size.prompt + size.new, "scored": size.new}
     products = _products(setting, "train_products", job, ("bfloat16",))
@@ -250,8 +255,8 @@ def sft_step(setting: Setting) -> list[Contender]:
 
 
 def train_variants(setting: Setting) -> list[Contender]:
-    """Ours: all rows at once, in parts, with the outputs of attention's products stored, and
-    without rematerialisation."""
+    """Ours: all rows at once, in parts, with the outputs of a layer's products stored, and without
+    rematerialisation."""
     return [
         _training(setting, "policy", f"ours, {name}", "ours", name.split(",")[0], **how)
         for name, how in VARIANTS.items()
@@ -261,9 +266,10 @@ def train_variants(setting: Setting) -> list[Contender]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, 4 parts": {"parts": 4},
-    "float32, attention stored": {"remat_save": ["qkv_proj", "out_proj"]},
+    "float32, projections stored": {"remat_save": PROJECTIONS},
     "float32, no remat": {"remat": False},
     "bfloat16": {},
+    "bfloat16, projections stored": {"remat_save": PROJECTIONS},
 }
 
 

@@ -210,12 +210,15 @@ TARGETS: list[Target] = [
         "policy_step",
         memory("policy_step", "ours", "tunix, float32$"),
     ),
-    Target(
-        f"{_TRAIN}, to transformers, bfloat16",
-        1.0,
-        True,
-        "policy_step_bfloat16",
-        speed("policy_step_bfloat16", "ours", "transformers"),
+    *(
+        Target(
+            f"{_TRAIN}{how}, to transformers, bfloat16",
+            1.0,
+            True,
+            "policy_step_bfloat16",
+            speed("policy_step_bfloat16", f"ours, bfloat16{how}", "transformers"),
+        )
+        for how in ("", ", projections stored")
     ),
     Target(
         "sampler against scorer, float32",
