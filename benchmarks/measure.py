@@ -23,6 +23,7 @@ class Contender:
     unit: str = "tokens"
     scale: float = 1.0  # units for each of what the worker counts
     cost: Cost | None = None  # the least work of one run, for its share of the roofline
+    in_a_row: bool = False  # each run follows one like it that does not count, as steps do
 
     @property
     def place(self) -> tuple[str, str, int | None]:
@@ -122,6 +123,7 @@ class _Entry:
         self.contender = contender
         self.warm: dict[str, Any] = {}
         self.runs: list[dict[str, Any]] = []
+        self.uncounted: list[dict[str, Any]] = []  # those that one in a row follows
         self.missing: str | None = None
         self.worker = worker
         if isinstance(worker, Missing):
@@ -136,6 +138,8 @@ class _Entry:
         if self.missing or isinstance(self.worker, Missing):
             return
         try:
+            if self.contender.in_a_row and how == "run":
+                self.uncounted.append(self.worker.ask(do=how, id=self.id))
             answer = self.worker.ask(do=how, id=self.id)
         except Missing as reason:
             self.missing = str(reason)
@@ -238,7 +242,8 @@ def _most(entry: _Entry, field: str) -> int | None:
 
 
 def _sum(entry: _Entry, field: str) -> int | None:
-    return None if entry.runs[-1][field] is None else sum(x[field] for x in entry.runs)
+    later = entry.uncounted + entry.runs
+    return None if later[-1][field] is None else sum(x[field] for x in later)
 
 
 def _row(timing: Timing) -> str:

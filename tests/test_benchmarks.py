@@ -141,7 +141,7 @@ def test_turns_ratios_and_failures(tmp_path):
 
     contenders = [
         Contender("fast", "ours", {"id": 0}),
-        Contender("slow", "ours", {"id": 1}),
+        Contender("slow", "ours", {"id": 1}, in_a_row=True),
         Contender("refused", "ours", {"id": 2}),
         Contender("gone", "peer", {"id": 3}),
         Contender("never", "absent", {"id": 4}),
@@ -154,11 +154,12 @@ def test_turns_ratios_and_failures(tmp_path):
     assert slow.facts == {"same greedy text": 0.5}
     assert fast.compilations == 1
     assert fast.recompilations == 3
+    assert slow.recompilations == 6
     assert refused.missing.startswith("ValueError: no such thing")
     assert gone.missing.startswith("its process ended with 7")
     assert never.missing == "not here"
     order = (tmp_path / "log").read_text().split()
-    assert order == ["0", "1", "3", "0", "1", "1", "0", "0", "1"]
+    assert order == ["0", "1", "3", "0", "1", "1", "1", "1", "0", "0", "1", "1"]
     assert markdown([fast, gone]).count("\n") == 4
     assert [line.partition(":")[0] for line in told] == [
         *(f"first run, {x.name}" for x in contenders),
