@@ -141,6 +141,8 @@ class _Entry:
             if self.contender.in_a_row and how == "run":
                 self.uncounted.append(self.worker.ask(do=how, id=self.id))
             answer = self.worker.ask(do=how, id=self.id)
+            if self.contender.in_a_row:
+                self.worker.ask(do="rest")
         except Missing as reason:
             self.missing = str(reason)
             return

@@ -117,6 +117,8 @@ for line in sys.stdin:
     request = json.loads(line)
     if request["do"] == "prepare":
         answer = {"id": request["job"]["id"]}
+    elif request["do"] == "rest":
+        answer = {}
     elif request["id"] == 3 and request["do"] == "run":
         sys.exit(7)
     elif request["id"] == 2:

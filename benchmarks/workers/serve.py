@@ -7,13 +7,16 @@ the requests, one JSON object a line:
     {"do": "prepare", "job": {..}} -> {"id": n}; loads what the job needs, runs nothing
     {"do": "run", "id": n}         -> what `Measured` holds, as an object
     {"do": "warm", "id": n}        -> the same, for a run that only has to compile and touch memory
+    {"do": "rest"}                 -> {}; gives memory that is not in use back to the system
 
 An answer with "error" in it says why there is none; the worker goes on.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -74,6 +77,8 @@ def serve(
             elif request["do"] == "prepare":
                 runs.append(prepare(request["job"]))
                 answer = {"id": len(runs) - 1}
+            elif request["do"] == "rest":
+                answer = _rest()
             else:
                 run = runs[request["id"]]
                 answer = dataclasses.asdict(_measure(run, request["do"] == "warm", known))
@@ -99,6 +104,15 @@ def jax_probes() -> Probes:
         return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     return Probes(lambda: (len(compiled), sum(compiled)), None, device_peak)
+
+
+def _rest() -> dict[str, Any]:
+    """Idle, a train step's memory is for the others: glibc would keep gigabytes of it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim:
+        trim(0)
+    return {}
 
 
 def _measure(run: Run, warm: bool, probes: Probes) -> Measured:
