@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from spark_jax.models import config
-from spark_jax.models.config import PROJECTIONS
 
 from . import roofline
 from .measure import Contender
@@ -223,14 +222,13 @@ def policy_step_bfloat16(setting: Setting) -> list[Contender]:
     peers hold weights and moments in bfloat16. "projections stored" makes none of a layer's
     products again in the backward pass; the peers store all."""
     contenders = []
-    how: dict[str, Any]
-    for worker, variant, most, how in (
-        ("ours", "bfloat16", 2, {}),
-        ("ours", "bfloat16, projections stored", 1, {"remat_save": PROJECTIONS}),
-        ("transformers", "autocast", 1, {}),
-        ("transformers", "bfloat16", 2, {}),
+    for worker, variant, most in (
+        ("ours", "bfloat16", 2),
+        ("ours", "bfloat16, projections stored", 1),
+        ("transformers", "autocast", 1),
+        ("transformers", "bfloat16", 2),
     ):
-        dtype = variant.split(",")[0]
+        dtype, how = variant.split(",")[0], VARIANTS.get(variant, {})
         for threads in range(1, 1 + most) if setting.platform == "cpu" else (None,):
             name = f"{worker}, {variant}{_threads(threads)}"
             contenders.append(_training(setting, "policy", name, worker, dtype, threads, **how))
@@ -266,10 +264,10 @@ def train_variants(setting: Setting) -> list[Contender]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, 4 parts": {"parts": 4},
-    "float32, projections stored": {"remat_save": PROJECTIONS},
+    "float32, projections stored": {"remat_save": config.PROJECTIONS},
     "float32, no remat": {"remat": False},
     "bfloat16": {},
-    "bfloat16, projections stored": {"remat_save": PROJECTIONS},
+    "bfloat16, projections stored": {"remat_save": config.PROJECTIONS},
 }
 
 
@@ -441,9 +439,8 @@ def _training(
     threads: int | None = None,
     **how: Any,
 ) -> Contender:
-    """Every contender has a process of its own, so that its peak memory is its own. Steps come in
-    a row, so that memory which the system has taken back meanwhile is not part of what they cost.
-    """
+    """Every contender has a process of its own, so that its peak memory is its own. Its steps come
+    in a row, as in training: after a pause they would pay for memory that the system took back."""
     size = setting.size
     job = _common(setting, work, dtype) | {
         "prompts": _tokens(size, size.batch, size.prompt),
