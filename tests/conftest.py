@@ -1,22 +1,26 @@
 """Every test runs with the library's shape and type annotations checked by jaxtyping + beartype.
 
 XLA's optimisations are off: the programs of the tests are small and run a few times, and compiling
-them is where the time would go. What one process has compiled, others of the same run load: workers
-of pytest, and those that tests start. A test about compiled programs has neither, by `optimised`.
+them is where the time would go. Compiled programs are kept (`compile_cache`): later runs, the workers of one run and the
+processes that tests start load them. A test about compiled programs uses neither, by the fixture
+`optimised`.
 """
 
 import collections
 import gc
 import os
-import shutil
-import tempfile
 from pathlib import Path
+
+import compile_cache
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compile_cache.folder())
 
 import browsing
+import filelock
 import hypothesis
 import jax
 import pytest
@@ -39,12 +43,25 @@ browser = browsing.browser
 
 
 def pytest_configure(config):
-    """One folder of compiled programs for a run, made and removed by its first process."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="compiled-")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        jax.config.update("jax_compilation_cache_dir", folder)
-        config.add_cleanup(lambda: shutil.rmtree(folder))
+    if not hasattr(config, "workerinput"):  # the first process of a run
+        compile_cache.empty_if_too_big(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory, worker_id):
+    """`made_once(name, make)` is a folder that `make(folder)` filled, once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+
+    def once(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with filelock.FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
 
 
 def pytest_collection_modifyitems(items):

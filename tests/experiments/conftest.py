@@ -2,6 +2,14 @@ import pytest
 from experiment_runs import TINY
 
 from spark_jax.experiments import configuration
+from spark_jax.reports import plots
+
+
+@pytest.fixture(autouse=True)
+def no_training_curves(request, monkeypatch):
+    """Plots take two thirds of a tiny run's time; `tests/reports/test_plots.py` is about them."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(plots, "training_curves", lambda metrics, folder: [])
 
 
 @pytest.fixture(scope="session")
@@ -11,24 +19,21 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def stage1(tiny, tmp_path_factory):
+def stage1(tiny, made_once):
     """A finished stage I run with all seven methods."""
     from spark_jax.experiments import generate_verifications
 
-    path = tmp_path_factory.mktemp("stage1")
-    generate_verifications.run(tiny, path)
-    return path
+    return made_once("stage1", lambda path: generate_verifications.run(tiny, path))
 
 
 @pytest.fixture(scope="session")
-def reward_models(tiny, stage1, tmp_path_factory):
+def reward_models(tiny, stage1, made_once):
     """kind → checkpoint folder."""
     from spark_jax.experiments import train_prm
 
-    folders = {}
-    for kind in ("orm", "prm", "prm_cot"):
-        path = tmp_path_factory.mktemp(kind)
+    def train(kind):
         changes = {"prm.data": str(stage1), "prm.kind": kind}
-        train_prm.run(configuration.changed(tiny, changes), path)
-        folders[kind] = str(path / "model")
-    return folders
+        config = configuration.changed(tiny, changes)
+        return made_once(f"reward_model_{kind}", lambda path: train_prm.run(config, path))
+
+    return {kind: str(train(kind) / "model") for kind in ("orm", "prm", "prm_cot")}
