@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 DEMO_ARGS ?=
 # A process for each core, up to four; a file's tests stay in one, which shares what they compile.
-PYTEST = pytest --durations 12 --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = pytest --durations 12 --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 .PHONY: setup demo demo-full test test-slow test-latest smollm2 pods lint types bench clean
@@ -58,7 +58,7 @@ test: lint types $(TESTED)
 	$(BIN)/python -m $(PYTEST) -m 'not slow'
 
 test-slow: $(TESTED)
-	$(BIN)/python -m $(PYTEST) --no-loadscope-reorder -m slow
+	$(BIN)/python -m $(PYTEST) -m slow
 
 # The newest jax, on the first Python >= 3.12 that is found; reports and stops where there is none.
 test-latest:

@@ -1,9 +1,9 @@
 """Every test runs with the library's shape and type annotations checked by jaxtyping + beartype.
 
 XLA's optimisations are off: the programs of the tests are small and run a few times, and compiling
-them is where the time would go. Compiled programs are kept (`compile_cache`): later runs, the workers of one run and the
-processes that tests start load them. A test about compiled programs uses neither, by the fixture
-`optimised`.
+them is where the time would go. Compiled programs are kept (`compile_cache`): later runs, the
+workers of one run and the processes that tests start load them. A test about compiled programs
+uses neither, by the fixture `optimised`.
 """
 
 import collections
@@ -64,13 +64,19 @@ def made_once(tmp_path_factory, worker_id):
     return once
 
 
+# Files whose fast tests take longest.
+LONGEST = ("test_train_rl", "test_pipeline", "test_real_model", "test_generate", "test_sharding")
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that no worker is left with one at the end."""
     minutes = collections.Counter()
     for item in items:
+        minutes[item.path] += 0
         for mark in item.iter_markers("slow"):
             minutes[item.path] += mark.kwargs.get("minutes", 1)
-    items.sort(key=lambda item: -minutes[item.path])
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda x: (-minutes[x.path], ranks.get(x.path.stem, len(LONGEST))))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,7 +28,7 @@ def stage1(tiny, made_once):
 
 @pytest.fixture(scope="session")
 def reward_models(tiny, stage1, made_once):
-    """kind → checkpoint folder."""
+    """kind → checkpoint folder, made when it is first asked for."""
     from spark_jax.experiments import train_prm
 
     def train(kind):
@@ -36,4 +36,9 @@ def reward_models(tiny, stage1, made_once):
         config = configuration.changed(tiny, changes)
         return made_once(f"reward_model_{kind}", lambda path: train_prm.run(config, path))
 
-    return {kind: str(train(kind) / "model") for kind in ("orm", "prm", "prm_cot")}
+    class Models(dict):
+        def __missing__(self, kind):
+            self[kind] = str(train(kind) / "model")
+            return self[kind]
+
+    return Models()
