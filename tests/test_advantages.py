@@ -2,9 +2,15 @@
 
 The loops are in Python floats (float64) and know nothing of masks by multiplication: they visit
 valid positions only. Inputs are random ragged groups with nan and inf under the mask.
+
+What is compared with them is computed by one program for each group size (`computed`): operations
+on their own would each compile. Both ways give the same (`test_jit_and_vmap_change_nothing...`).
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +70,57 @@ class Batch:
         )
 
 
-def batches():
-    return [Batch(seed, *SHAPES[seed % len(SHAPES)]) for seed in range(9)]
+BATCHES = [Batch(seed, *SHAPES[seed % len(SHAPES)]) for seed in range(9)]
+every_batch = pytest.mark.parametrize("batch", BATCHES, ids=range(9))
+BETA, BOUND, SPREAD = 0.4, 0.3, 0.1
+SPRO = {"beta": BETA, "num_steps": K}
+
+
+@functools.cache
+def computed(batch):
+    """All that is compared with loops, by names of our own."""
+    returns = jnp.array(loop_returns(batch, BETA), jnp.float32)
+    return jax.device_get(_compute(batch.inputs(), returns))
+
+
+@jax.jit
+def _compute(inputs, returns):
+    rewards, mask, size = inputs.rewards, inputs.mask, inputs.group_size
+    found = {
+        "grpo": advantages.grpo(rewards, size),
+        "grpo_plain": advantages.grpo(rewards, size, normalize_std=False),
+        "dr_grpo": advantages.dr_grpo(rewards, size),
+        "rloo": advantages.rloo(rewards, size),
+    }
+    for by_token, group in itertools.product((False, True), (None, size)):
+        found[f"reinforce++ {by_token} {group is None}"] = advantages.reinforce_plus_plus(
+            rewards, mask if by_token else None, group_size=group
+        )
+    cumulative = jnp.where(mask, returns, jnp.nan)
+    found["msa"] = advantages.masked_step(cumulative, mask, size)
+    found["pooled"] = advantages.pooled_step(cumulative, mask, size)
+    for granularity, baseline in itertools.product(("token", "step"), ("step", "pool")):
+        chosen = {"granularity": granularity, "baseline": baseline, **SPRO}
+        key = f"{granularity} {baseline}"
+        found[f"spro {key}"] = ADVANTAGES["spro"](inputs, **chosen)
+        found[f"half {key}"] = ADVANTAGES["spro"](inputs, outcome_weight=0.5, **chosen)
+        found[f"process {key}"] = ADVANTAGES["masked_step"](inputs, **chosen)
+    found["clipped"] = ADVANTAGES["masked_step"](inputs, return_clip=BOUND, **SPRO)
+    for granularity in ("token", "step"):
+        found[f"scaled {granularity}"] = ADVANTAGES["masked_step"](
+            inputs, granularity=granularity, process_std=SPREAD, **SPRO
+        )
+    found["prime"] = ADVANTAGES["prime"](inputs, beta=BETA)
+    for discount in (0.0, 0.5):
+        found[f"selective {discount}"] = ADVANTAGES["selective"](inputs, discount=discount)
+    found["global"] = advantages.global_step(inputs.verdicts, inputs.step_ids, mask, size)
+    found["both"] = ADVANTAGES["global_step"](inputs, outcome_weight=2.0, process_weight=0.5)
+    for name, options in OUTCOMES:
+        found[f"entry {name}"] = ADVANTAGES[name](inputs, **options)
+    return found
+
+
+OUTCOMES = [("grpo", {}), ("dr_grpo", {}), ("rloo", {}), ("reinforce++", {"group_baseline": True})]
 
 
 def check(actual, expected):
@@ -188,30 +243,27 @@ def loop_global_step(batch):
     return expected
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_outcome_advantages_are_the_loops(batch):
-    rewards = jnp.array(batch.rewards)
-    check(advantages.grpo(rewards, batch.group_size), loop_grpo(batch))
+    found = computed(batch)
     plain = loop_grpo(batch, normalize_std=False)
-    check(advantages.grpo(rewards, batch.group_size, normalize_std=False), plain)
-    check(advantages.dr_grpo(rewards, batch.group_size), plain)
-    check(advantages.rloo(rewards, batch.group_size), loop_rloo(batch))
+    check(found["grpo"], loop_grpo(batch))
+    check(found["grpo_plain"], plain)
+    check(found["dr_grpo"], plain)
+    check(found["rloo"], loop_rloo(batch))
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_reinforce_plus_plus_whitens_the_batch_by_responses_or_by_tokens(batch):
     rewards = np.array(batch.rewards, np.float64)
     group_centred = loop_grpo(batch, normalize_std=False)
-    for values, group_size in [(rewards, None), (group_centred, batch.group_size)]:
+    for values, whole in [(rewards, True), (group_centred, False)]:
         by_token = np.concatenate([[values[b]] * batch.lengths[b] for b in range(batch.batch)])
-        for votes, mask in [(values, None), (by_token, jnp.array(batch.mask))]:
+        for votes, tokens in [(values, False), (by_token, True)]:
             flat = len(set(votes)) < 2
             std = 0.0 if flat else np.std(votes, ddof=1)
             expected = np.zeros(batch.batch) if flat else (values - votes.mean()) / (std + EPS)
-            actual = advantages.reinforce_plus_plus(
-                jnp.array(batch.rewards), mask, group_size=group_size
-            )
-            check(actual, expected)
+            check(computed(batch)[f"reinforce++ {tokens} {whole}"], expected)
 
 
 def test_reinforce_plus_plus_leaves_rows_without_tokens_out():
@@ -222,43 +274,32 @@ def test_reinforce_plus_plus_leaves_rows_without_tokens_out():
     check(actual, [*expected, 0.0])
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_spro_and_its_variants_are_the_loops(batch):
-    inputs = batch.inputs()
-    returns, outcome = loop_returns(batch, beta=0.4), to_tokens(batch, loop_grpo(batch))
-    cumulative = jnp.where(inputs.mask, jnp.array(returns, jnp.float32), jnp.nan)
+    found = computed(batch)
+    returns, outcome = loop_returns(batch, BETA), to_tokens(batch, loop_grpo(batch))
     msa, pooled = loop_masked_step(batch, returns), loop_pooled_step(batch, returns)
-    check(advantages.masked_step(cumulative, inputs.mask, batch.group_size), msa)
-    check(advantages.pooled_step(cumulative, inputs.mask, batch.group_size), pooled)
-
-    options = {"beta": 0.4, "num_steps": K}
+    check(found["msa"], msa)
+    check(found["pooled"], pooled)
     expected = {
-        ("token", "step"): msa,
-        ("token", "pool"): pooled,
-        ("step", "step"): loop_by_steps(batch, returns, "step"),
-        ("step", "pool"): loop_by_steps(batch, returns, "pool"),
+        "token step": msa,
+        "token pool": pooled,
+        "step step": loop_by_steps(batch, returns, "step"),
+        "step pool": loop_by_steps(batch, returns, "pool"),
     }
-    for (granularity, baseline), process in expected.items():
-        chosen = {"granularity": granularity, "baseline": baseline, **options}
-        check(ADVANTAGES["spro"](inputs, **chosen), outcome + process)
-        half = ADVANTAGES["spro"](inputs, outcome_weight=0.5, **chosen)
-        check(half, 0.5 * outcome + process)
-        check(ADVANTAGES["masked_step"](inputs, **chosen), process)
+    for key, process in expected.items():
+        check(found[f"spro {key}"], outcome + process)
+        check(found[f"half {key}"], 0.5 * outcome + process)
+        check(found[f"process {key}"], process)
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_bounded_returns_and_a_fixed_spread_are_the_loops(batch):
-    inputs, bound = batch.inputs(), 0.3
-    clipped = loop_masked_step(batch, np.clip(loop_returns(batch, 0.4), -bound, bound))
-    options = {"beta": 0.4, "num_steps": K}
-    check(ADVANTAGES["masked_step"](inputs, return_clip=bound, **options), clipped)
-
-    returns = loop_returns(batch, 0.4)
+    found, returns = computed(batch), loop_returns(batch, BETA)
+    clipped = loop_masked_step(batch, np.clip(returns, -BOUND, BOUND))
+    check(found["clipped"], clipped)
     for granularity in ("token", "step"):
-        plain = np.array(ADVANTAGES["masked_step"](inputs, granularity=granularity, **options))
-        scaled = ADVANTAGES["masked_step"](
-            inputs, granularity=granularity, process_std=0.1, **options
-        )
+        plain, scaled = found[f"process {granularity} step"], found[f"scaled {granularity}"]
         for first in range(0, batch.batch, batch.group_size):
             group = range(first, first + batch.group_size)
             # A value a token, or one a step that has tokens, not one for each of its tokens.
@@ -271,7 +312,7 @@ def test_bounded_returns_and_a_fixed_spread_are_the_loops(batch):
             values = list(seen.values())
             differ = len(set(values)) > 1
             spread = np.std(values, ddof=1) if differ else 0.0
-            check(scaled[jnp.array(group)], plain[group] * 0.1 / (spread + EPS))
+            check(scaled[group], plain[group] * SPREAD / (spread + EPS))
     if batch.group_size > 1:
         assert np.abs(clipped - loop_masked_step(batch, returns)).max() > 0
 
@@ -279,58 +320,65 @@ def test_bounded_returns_and_a_fixed_spread_are_the_loops(batch):
 def test_a_fixed_spread_does_not_hang_on_beta():
     inputs = Batch(1, 3, 4).inputs()
     small, large = (
-        ADVANTAGES["masked_step"](inputs, beta=beta, process_std=0.1) for beta in (0.1, 10.0)
+        jax.jit(functools.partial(ADVANTAGES["masked_step"], beta=beta, process_std=0.1))(inputs)
+        for beta in (0.1, 10.0)
     )
     np.testing.assert_allclose(small, large, rtol=1e-3, atol=1e-5)
     assert float(jnp.abs(large).max()) > 0.05
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_prime_is_the_loop(batch):
-    check(ADVANTAGES["prime"](batch.inputs(), beta=0.4), loop_prime(batch, 0.4))
+    check(computed(batch)["prime"], loop_prime(batch, BETA))
 
 
-@pytest.mark.parametrize("batch", batches(), ids=range(9))
+@every_batch
 def test_advantages_from_verdicts_are_the_loops(batch):
-    inputs, outcome = batch.inputs(), to_tokens(batch, loop_grpo(batch))
+    found, outcome = computed(batch), to_tokens(batch, loop_grpo(batch))
     for discount in (0.0, 0.5):
-        expected = loop_selective(batch, discount)
-        check(ADVANTAGES["selective"](inputs, discount=discount), expected)
-    process = advantages.global_step(
-        inputs.verdicts, inputs.step_ids, inputs.mask, batch.group_size
-    )
-    check(process, loop_global_step(batch))
-    both = ADVANTAGES["global_step"](inputs, outcome_weight=2.0, process_weight=0.5)
-    check(both, 2.0 * outcome + 0.5 * loop_global_step(batch))
+        check(found[f"selective {discount}"], loop_selective(batch, discount))
+    check(found["global"], loop_global_step(batch))
+    check(found["both"], 2.0 * outcome + 0.5 * loop_global_step(batch))
 
 
 def test_outcome_entries_give_every_token_the_response_advantage():
-    batch = Batch(0, 3, 4)
-    inputs = batch.inputs()
-    check(ADVANTAGES["grpo"](inputs), to_tokens(batch, loop_grpo(batch)))
-    check(ADVANTAGES["dr_grpo"](inputs), to_tokens(batch, loop_grpo(batch, normalize_std=False)))
-    check(ADVANTAGES["rloo"](inputs), to_tokens(batch, loop_rloo(batch)))
-    by_token = advantages.reinforce_plus_plus(inputs.rewards, inputs.mask, group_size=4)
-    check(ADVANTAGES["reinforce++"](inputs, group_baseline=True), to_tokens(batch, by_token))
+    batch = BATCHES[0]
+    found = {name: computed(batch)[f"entry {name}"] for name, _ in OUTCOMES}
+    check(found["grpo"], to_tokens(batch, loop_grpo(batch)))
+    check(found["dr_grpo"], to_tokens(batch, loop_grpo(batch, normalize_std=False)))
+    check(found["rloo"], to_tokens(batch, loop_rloo(batch)))
+    by_token = computed(batch)["reinforce++ True False"]
+    check(found["reinforce++"], to_tokens(batch, by_token))
 
 
 # --- the rules that hold in all of them ----------------------------------------------------------
+
+
+def outcomes(rewards, group_size):
+    every = (advantages.grpo, advantages.dr_grpo, advantages.rloo)
+    found = [function(rewards, group_size) for function in every]
+    return [*found, advantages.reinforce_plus_plus(rewards)]
+
+
+jitted_outcomes = jax.jit(outcomes, static_argnums=1)
+jitted_grpo = jax.jit(advantages.grpo, static_argnums=1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     value=st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30),
     group_size=st.sampled_from([1, 3, 7]),
-    jitted=st.booleans(),
 )
-def test_equal_rewards_give_exactly_zero(value, group_size, jitted):
-    rewards = jnp.full((2 * group_size,), value, jnp.float32)
-    for function in (advantages.grpo, advantages.dr_grpo, advantages.rloo):
-        function = jax.jit(function, static_argnums=1) if jitted else function
-        np.testing.assert_array_equal(function(rewards, group_size), np.zeros(2 * group_size))
-    whiten = advantages.reinforce_plus_plus
-    whiten = jax.jit(whiten) if jitted else whiten
-    np.testing.assert_array_equal(whiten(rewards), np.zeros(2 * group_size))
+def test_equal_rewards_give_exactly_zero(value, group_size):
+    rewards = np.full((2 * group_size,), value, np.float32)
+    for found in jitted_outcomes(rewards, group_size):
+        np.testing.assert_array_equal(found, np.zeros(2 * group_size))
+
+
+@pytest.mark.parametrize("value", [0.1, -1 / 3, 77.7])
+def test_equal_rewards_give_exactly_zero_without_jit(value):
+    for found in outcomes(jnp.full(6, value, jnp.float32), 3):
+        np.testing.assert_array_equal(found, np.zeros(6))
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7])
@@ -341,7 +389,7 @@ def test_the_case_that_needs_the_rule_is_real(value):
         n for n in (3, 5, 6, 7, 12, 13) if reward != np.full(n, reward).sum() / np.float32(n)
     ]
     for n in rounding:
-        assert not np.any(advantages.grpo(jnp.full(n, reward), n))
+        assert not np.any(jitted_grpo(np.full(n, reward), n))
     assert rounding
 
 
@@ -354,17 +402,21 @@ def test_equal_step_rewards_and_a_single_step_give_exactly_zero():
             np.testing.assert_array_equal(actual, np.zeros((2, 7)))
 
 
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("jitted", "value"), [(False, 0.1), (True, 0.1), (True, 1 / 3), (True, 0.7)]
+)
 def test_equal_process_rewards_give_prime_exactly_the_outcome(value, jitted):
     """A mean of equal rewards rounds, and the sum over the rest of the response adds that up."""
     mask = jnp.arange(31) < jnp.array([[31], [7], [1], [20], [13], [5]])
     logprobs = jnp.where(mask, value, jnp.nan)
-    compute = jax.jit(advantages.prime, static_argnums=4) if jitted else advantages.prime
+    compute = jitted_prime if jitted else advantages.prime
     for rewards in (jnp.full(6, 0.1), jnp.array([0.0, 1.0, 1.0, 0.1, 0.1, 0.1])):
         outcome = jnp.where(mask, advantages.rloo(rewards, 3)[:, None], 0.0)
         actual = compute(rewards, logprobs, jnp.zeros((6, 31)), mask, 3)
         np.testing.assert_array_equal(actual, outcome)
+
+
+jitted_prime = jax.jit(advantages.prime, static_argnums=4)
 
 
 def test_recipes_whose_own_part_is_in_the_loss_are_no_advantages():
@@ -399,11 +451,12 @@ def test_masked_step_sums_to_zero_over_the_survivors_of_each_position():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), st.floats(0.5, 4, width=32))
 def test_grpo_ignores_shift_and_scale_and_is_antisymmetric(rewards, scale):
-    rewards = jnp.round(jnp.array(rewards, jnp.float32) * 4) / 4
-    base = advantages.grpo(rewards, 4)
-    np.testing.assert_allclose(advantages.grpo(rewards * scale + 3.0, 4), base, atol=2e-3)
-    np.testing.assert_allclose(advantages.grpo(-rewards, 4), -base, atol=1e-5)
-    assert abs(float(jnp.sum(base))) < 1e-4
+    rewards = np.round(np.array(rewards, np.float32) * 4) / 4
+    base = np.asarray(jitted_grpo(rewards, 4))
+    moved = np.float32(rewards * scale + 3.0)
+    np.testing.assert_allclose(jitted_grpo(moved, 4), base, atol=2e-3)
+    np.testing.assert_allclose(jitted_grpo(-rewards, 4), -base, atol=1e-5)
+    assert abs(float(base.sum())) < 1e-4
 
 
 def test_selective_keeps_the_whole_advantage_where_there_is_no_verdict():
@@ -434,39 +487,54 @@ EVERY_ENTRY = [(name, {}) for name in ADVANTAGES] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), EVERY_ENTRY)
-def test_jit_and_vmap_change_nothing_and_masked_tokens_get_zero(name, options):
-    inputs, other = Batch(1, 3, 4).inputs(), Batch(2, 3, 4).inputs()
+def every_entry(inputs):
+    return [ADVANTAGES[name](inputs, **options) for name, options in EVERY_ENTRY]
 
-    def compute(inputs):
-        return ADVANTAGES[name](inputs, **options)
 
-    eager = compute(inputs)
+@functools.cache
+def jitted_and_mapped():
+    """Of two batches: their inputs, what each gives under jit, and what both under vmap."""
+    inputs = [Batch(seed, 3, 4).inputs() for seed in (1, 2)]
+    alone = [jax.jit(every_entry)(x) for x in inputs]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
+    return inputs, alone, jax.jit(jax.vmap(every_entry))(stacked)
+
+
+@pytest.mark.parametrize("index", range(len(EVERY_ENTRY)), ids=lambda i: str(EVERY_ENTRY[i]))
+def test_jit_and_vmap_change_nothing_and_masked_tokens_get_zero(index):
+    name, options = EVERY_ENTRY[index]
+    (inputs, _), (jitted, other), mapped = jitted_and_mapped()
+    eager = np.asarray(ADVANTAGES[name](inputs, **options))
     assert eager.shape == inputs.mask.shape
     assert np.all(np.isfinite(eager))
     np.testing.assert_array_equal(np.where(inputs.mask, 0.0, eager), np.zeros(eager.shape))
     assert np.any(eager)
-    np.testing.assert_allclose(jax.jit(compute)(inputs), eager, atol=1e-5)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), inputs, other)
-    mapped = jax.vmap(compute)(stacked)
-    np.testing.assert_allclose(mapped[0], eager, atol=1e-5)
-    np.testing.assert_allclose(mapped[1], compute(other), atol=1e-5)
+    np.testing.assert_allclose(jitted[index], eager, atol=1e-5)
+    np.testing.assert_allclose(mapped[index][0], eager, atol=1e-5)
+    np.testing.assert_allclose(mapped[index][1], other[index], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), EVERY_ENTRY)
-def test_gradients_are_finite_in_rewards_and_zero_in_logprobs(name, options):
+@functools.cache
+def gradients_of_every_entry():
     """With an all-equal group: a std of 0 makes a careless gradient nan."""
     batch = Batch(1, 3, 4)
     batch.rewards[:4] = 0.1
     inputs = batch.inputs()
 
-    def total(rewards, policy, ref):
-        replaced = inputs.replace(rewards=rewards, policy_logprobs=policy, ref_logprobs=ref)
-        return jnp.sum(ADVANTAGES[name](replaced, **options) * jnp.arange(1.0, T + 1))
+    def gradients(name, options, by):
+        def total(rewards, policy, ref):
+            replaced = inputs.replace(rewards=rewards, policy_logprobs=policy, ref_logprobs=ref)
+            return jnp.sum(ADVANTAGES[name](replaced, **options) * jnp.arange(1.0, T + 1))
 
-    grads = jax.grad(total, argnums=(0, 1, 2))(
-        inputs.rewards, inputs.policy_logprobs, inputs.ref_logprobs
-    )
+        return jax.grad(total, argnums=(0, 1, 2))(*by)
+
+    by = (inputs.rewards, inputs.policy_logprobs, inputs.ref_logprobs)
+    return jax.jit(lambda by: [gradients(*entry, by) for entry in EVERY_ENTRY])(by)
+
+
+@pytest.mark.parametrize("index", range(len(EVERY_ENTRY)), ids=lambda i: str(EVERY_ENTRY[i]))
+def test_gradients_are_finite_in_rewards_and_zero_in_logprobs(index):
+    grads = gradients_of_every_entry()[index]
     assert np.all(np.isfinite(grads[0]))
     np.testing.assert_array_equal(grads[1], np.zeros((12, T)))
     np.testing.assert_array_equal(grads[2], np.zeros((12, T)))
@@ -497,6 +565,15 @@ def test_bad_input_is_refused_with_the_numbers():
 # --- which groups carry a signal -----------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def masks(rewards, group_size):
+    both = [
+        advantages.dynamic_sampling_mask(rewards, group_size, **bounds)
+        for bounds in ({}, {"low": 0.2, "high": 0.8})
+    ]
+    return *both, advantages.zero_variance_groups(rewards, group_size)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_dynamic_sampling_drops_groups_as_dapo_and_spro_do(seed):
     rng = np.random.default_rng(seed)
@@ -507,11 +584,9 @@ def test_dynamic_sampling_drops_groups_as_dapo_and_spro_do(seed):
         ).astype(np.float32)
         dapo = [0 < count < group_size for count in correct]
         spro = [group_size <= 5 * count <= 4 * group_size for count in correct]
-        keep = advantages.dynamic_sampling_mask(jnp.array(rewards), group_size)
-        np.testing.assert_array_equal(keep, np.repeat(dapo, group_size))
-        keep = advantages.dynamic_sampling_mask(jnp.array(rewards), group_size, low=0.2, high=0.8)
-        np.testing.assert_array_equal(keep, np.repeat(spro, group_size))
-        equal = advantages.zero_variance_groups(jnp.array(rewards), group_size)
+        *keep, equal = masks(rewards, group_size)
+        np.testing.assert_array_equal(keep[0], np.repeat(dapo, group_size))
+        np.testing.assert_array_equal(keep[1], np.repeat(spro, group_size))
         assert equal == 20 - sum(dapo)
 
 
@@ -527,4 +602,7 @@ def test_bounds_hold_where_the_mean_rounds():
         rewards = jnp.array([0.1, 0.3] * (group_size // 2))
         assert jnp.mean(rewards) != jnp.float32(0.2)
         for bounds in ({"low": 0.2}, {"high": 0.2}):
-            assert np.all(advantages.dynamic_sampling_mask(rewards, group_size, **bounds))
+            keep = jax.jit(
+                functools.partial(advantages.dynamic_sampling_mask, **bounds), static_argnums=1
+            )
+            assert np.all(keep(rewards, group_size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def make_batch(seed=0, spread=0.4):
 
 
 def arrays(batch, dtype=jnp.float32):
-    return {k: jnp.array(v) if k == "mask" else jnp.array(v, dtype) for k, v in batch.items()}
+    return {k: jnp.asarray(np.asarray(v, bool if k == "mask" else dtype)) for k, v in batch.items()}
 
 
 def loop_weights(mask, aggregation):
@@ -63,9 +65,17 @@ def loop_policy_gradient(batch, aggregation, low, high, importance="token"):
 
 def policy_gradient(batch, logprobs=None, **options):
     logprobs = batch["logprobs"] if logprobs is None else logprobs
-    return losses.policy_gradient(
-        logprobs, batch["old"], batch["advantages"], batch["mask"], **options
-    )
+    return _policy_gradient(logprobs, batch["old"], batch["advantages"], batch["mask"], **options)
+
+
+_policy_gradient = jax.jit(
+    losses.policy_gradient,
+    static_argnames=("clip_low", "clip_high", "aggregation", "importance", "max_length"),
+)
+weights_of = jax.jit(
+    functools.partial(losses.aggregation_weights, constant=MAX_LENGTH), static_argnums=1
+)
+cross_entropy = jax.jit(losses.cross_entropy, static_argnames=("aggregation", "max_length"))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -83,6 +93,10 @@ def test_policy_gradient_is_the_loop(aggregation, importance):
         )
         expected = loop_policy_gradient(batch, aggregation, 0.1, 0.3, importance)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def gradient_of(function, **how):
+    return jax.jit(jax.grad(function, **how))
 
 
 def central_differences(function, at, step=1e-6):
@@ -139,7 +153,7 @@ def test_entropy_gradient_is_minus_its_weight():
         )[0]  # fmt: skip
 
     expected = -0.2 * loop_weights(np.asarray(data["mask"]), "token_mean")
-    np.testing.assert_allclose(jax.grad(objective)(data["entropy"]), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient_of(objective)(data["entropy"]), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -148,7 +162,7 @@ def test_first_step_is_reinforce(aggregation, importance):
     """With π = π_old the gradient is −A ∇log π, weighted, for token and sequence ratios alike."""
     batch = make_batch(spread=0.0)
     data = arrays(batch)
-    gradient = jax.grad(
+    gradient = gradient_of(
         lambda logprobs: policy_gradient(
             data, logprobs, aggregation=aggregation, importance=importance, max_length=MAX_LENGTH
         )[0]
@@ -161,7 +175,7 @@ def test_sequence_ratio_keeps_token_credit():
     """GSPO's token form: gradient −w · ρ_sequence · A_t, unclipped, with A_t free within a row."""
     batch = make_batch()
     data = arrays(batch)
-    gradient = jax.grad(
+    gradient = gradient_of(
         lambda logprobs: policy_gradient(
             data, logprobs, clip_low=0.99, clip_high=99.0, importance="sequence"
         )[0]
@@ -177,13 +191,14 @@ def test_sequence_ratio_keeps_token_credit():
 def test_clipping_removes_gradients_and_the_metrics_count_them():
     # One token each: unclipped; below with A < 0; below with A > 0; above with A > 0; above, A < 0.
     ratios, signs = np.array([[1.0, 0.5, 0.5, 1.5, 1.5]]), np.array([[1.0, -1.0, 1.0, 1.0, -1.0]])
-    old = jnp.full((1, 5), -2.0)
-    logprobs, mask = old + jnp.log(jnp.array(ratios)), jnp.ones((1, 5), bool)
+    old = np.full((1, 5), -2.0, np.float32)
+    logprobs, mask = jnp.asarray(old + np.float32(np.log(ratios))), jnp.ones((1, 5), bool)
+    old = jnp.asarray(old)
 
     def objective(logprobs):
         return losses.policy_gradient(logprobs, old, jnp.array(signs), mask, clip_high=0.4)
 
-    gradient, metrics = jax.grad(objective, has_aux=True)(logprobs)
+    gradient, metrics = gradient_of(objective, has_aux=True)(logprobs)
     np.testing.assert_allclose(gradient, [[-0.2, 0.0, -0.1, 0.0, 0.3]], atol=1e-6)
     assert metrics["clip_fraction_low"] == pytest.approx(0.2)
     assert metrics["clip_fraction_high"] == pytest.approx(0.2)
@@ -193,6 +208,22 @@ def test_clipping_removes_gradients_and_the_metrics_count_them():
     assert metrics["tokens"] == 5
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def all_losses(data, importance):
+    def objective(logprobs):
+        return losses.policy_objective(
+            logprobs, data["old"], data["advantages"], data["mask"],
+            ref_logprobs=data["ref"], entropy=data["entropy"],
+            kl_coefficient=0.1, entropy_coefficient=0.1, importance=importance,
+        )  # fmt: skip
+
+    return (
+        jax.value_and_grad(objective, has_aux=True)(data["logprobs"]),
+        losses.cross_entropy(data["logprobs"], data["mask"]),
+        losses.sampler_gap(data["old"], data["logprobs"], data["mask"]),
+    )
+
+
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 def test_garbage_under_the_mask_reaches_nothing(importance, garbage):
@@ -200,18 +231,7 @@ def test_garbage_under_the_mask_reaches_nothing(importance, garbage):
     names = ["logprobs", "old", "advantages", "ref", "entropy"]
     dirty = {**batch, **{n: np.where(batch["mask"], batch[n], garbage) for n in names}}
 
-    def objective(logprobs, data):
-        return losses.policy_objective(
-            logprobs, data["old"], data["advantages"], data["mask"],
-            ref_logprobs=data["ref"], entropy=data["entropy"],
-            kl_coefficient=0.1, entropy_coefficient=0.1, importance=importance,
-        )  # fmt: skip
-
-    results = []
-    for data in (arrays(batch), arrays(dirty)):
-        results.append(jax.value_and_grad(objective, has_aux=True)(data["logprobs"], data))
-        results[-1] = (results[-1], losses.cross_entropy(data["logprobs"], data["mask"]))
-        results[-1] += (losses.sampler_gap(data["old"], data["logprobs"], data["mask"]),)
+    results = [all_losses(arrays(data), importance) for data in (batch, dirty)]
     jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(results[1]))
 
@@ -220,9 +240,10 @@ def test_garbage_under_the_mask_reaches_nothing(importance, garbage):
 def test_weights_are_the_loop_and_micro_batches_sum_to_the_whole(aggregation):
     batch = make_batch(1)
     data = arrays(batch)
-    weights = losses.aggregation_weights(data["mask"], aggregation, constant=MAX_LENGTH)
+    weights = np.asarray(weights_of(data["mask"], aggregation))
     np.testing.assert_allclose(weights, loop_weights(batch["mask"], aggregation), rtol=1e-6)
 
+    @jax.jit
     def objective(rows, weights):
         def loss(logprobs):
             return losses.policy_objective(
@@ -239,7 +260,7 @@ def test_weights_are_the_loop_and_micro_batches_sum_to_the_whole(aggregation):
 
     whole = objective(data, None)
     parts = [
-        objective({k: v[rows] for k, v in data.items()}, weights[rows])
+        objective({k: np.asarray(v)[rows] for k, v in data.items()}, weights[rows])
         for rows in (slice(0, 1), slice(1, 4), slice(4, 6))  # unequal, the last with an empty row
     ]
     np.testing.assert_allclose(sum(value for value, _ in parts), whole[0], rtol=1e-5)
@@ -291,13 +312,13 @@ def test_cross_entropy_is_the_loop_and_sampler_gap_too():
     batch = make_batch(2)
     data = arrays(batch)
     for aggregation in AGGREGATIONS:
-        actual = losses.cross_entropy(
+        actual = cross_entropy(
             data["logprobs"], data["mask"], aggregation=aggregation, max_length=MAX_LENGTH
         )
         expected = -np.sum(loop_weights(batch["mask"], aggregation) * batch["logprobs"])
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
     gaps = np.abs(batch["old"] - batch["logprobs"])[batch["mask"]]
-    gap = losses.sampler_gap(data["old"], data["logprobs"], data["mask"])
+    gap = jax.jit(losses.sampler_gap)(data["old"], data["logprobs"], data["mask"])
     np.testing.assert_allclose([gap["max"], gap["mean"]], [gaps.max(), gaps.mean()], rtol=1e-5)
 
 
@@ -309,7 +330,9 @@ def test_constants_carry_no_gradient():
             data["logprobs"], old, advantages, data["mask"], ref_logprobs=ref, kl_coefficient=0.5
         )[0]
 
-    gradients = jax.grad(objective, argnums=(0, 1, 2))(data["old"], data["advantages"], data["ref"])
+    gradients = gradient_of(objective, argnums=(0, 1, 2))(
+        data["old"], data["advantages"], data["ref"]
+    )
     assert not any(np.any(gradient) for gradient in gradients)
 
 
@@ -350,10 +373,11 @@ def test_jit_and_vmap_change_nothing(importance):
             entropy_coefficient=0.1, importance=importance,
         )  # fmt: skip
 
-    mapped = jax.vmap(objective)(jax.tree.map(lambda *x: jnp.stack(x), *batches))
+    mapped = jax.jit(jax.vmap(objective))(jax.tree.map(lambda *x: np.stack(x), *batches))
+    jitted = jax.jit(objective)
     for i, data in enumerate(batches):
         eager = jax.tree.leaves(objective(data))
-        np.testing.assert_allclose(jax.tree.leaves(jax.jit(objective)(data)), eager, rtol=1e-5)
+        np.testing.assert_allclose(jax.tree.leaves(jitted(data)), eager, rtol=1e-5)
         np.testing.assert_allclose([x[i] for x in jax.tree.leaves(mapped)], eager, rtol=1e-5)
 
 

@@ -1,7 +1,8 @@
 """What keeps programs fast and small, read from what XLA compiled: no timings, so that a busy
 machine changes nothing.
 
-Programs are compiled as users run them (fixture `optimised`) and mostly never run.
+Programs are compiled as users run them (fixture `optimised`) and never run. Of each kind of work
+one is compiled in fast tests: decoding in bfloat16, and the policy step.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilations import Compilations
 
 from spark_jax import decoding, scoring
 from spark_jax.decoding import Sampling, decoder, generate
@@ -42,11 +42,18 @@ class _Captured(Exception):
     """Carries the decode program out of `generate`, which then runs nothing."""
 
 
+def laid_out(config):
+    """Shapes of the parameters as decoding wants them on CPU."""
+    return jax.eval_shape(
+        lambda: decoding.layout(transformer.init(config, jax.random.key(0)), config)
+    )
+
+
 @functools.cache
 def decode_program(dtype: str, samples: int):
     """What `generate` would run for ROWS rows in groups of `samples`: (lowered, compiled)."""
     config = dataclasses.replace(DECODED, dtype=dtype)
-    params = decoding.layout(transformer.init(config, jax.random.key(0)), config)
+    params = laid_out(config)
     prompts = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS // samples, PROMPT)).tolist()
     run = decoder.decode
 
@@ -71,7 +78,14 @@ def decode_program(dtype: str, samples: int):
     raise AssertionError("generate did not call decoder.decode")
 
 
-@pytest.mark.parametrize(("dtype", "samples"), [("float32", 1), ("float32", 4), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "samples"),
+    [
+        ("bfloat16", 1),
+        pytest.param("float32", 1, marks=pytest.mark.slow),
+        pytest.param("float32", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_copies_no_cache(dtype, samples):
     """No copy, transposition or conversion of a layer's whole cache for a token."""
     _, compiled = decode_program(dtype, samples)
@@ -117,12 +131,12 @@ def test_programs_are_read_rightly():
 
 def test_decoding_sorts_nothing():
     """Top-k and top-p find their cut without sorting the vocabulary."""
-    lowered, compiled = decode_program("float32", 4)
+    lowered, compiled = decode_program("bfloat16", 1)
     assert re.findall(r"stablehlo\.sort|top_k|TopK", lowered.as_text()) == []
     assert [x for x in compiled.as_text().splitlines() if re.search(r" (sort|topk)\(", x)] == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_decoding_sets_little_aside(dtype):
     """The caches, what turns a ring, and a few rows of scores."""
     _, compiled = decode_program(dtype, 1)
@@ -142,9 +156,7 @@ def test_looking_tokens_up_widens_no_table():
 def test_no_weight_is_turned_back_for_a_prefill():
     """XLA would do so before the loop that prefills, and keep the copies while it decodes."""
     config = dataclasses.replace(DECODED, dtype="bfloat16")
-    layer = jax.eval_shape(
-        lambda: transformer.unstack(transformer.init(config, jax.random.key(0)), config).layers[0]
-    )
+    layer = laid_out(config).layers[0]
     _, compiled = decode_program("bfloat16", 1)
     held = set(re.findall(r"bf16\[(\d+),(\d+)\]", compiled.as_text()))
     for weight in (layer.query_key_value, layer.gate_up, layer.down):
@@ -167,40 +179,13 @@ def test_bfloat16_products_accumulate_in_float32():
     assert set(dots(score.lower(params, tokens).as_text())) == {"f32"}
 
 
-def test_settings_and_prompts_within_a_bucket_compile_nothing():
-    params = decoding.layout(transformer.init(DECODED, jax.random.key(0)), DECODED)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, VOCABULARY, (4, 20)).tolist()
-
-    def run(sampling, prompts=prompts, new=6, seed=0):
-        generate(
-            params,
-            DECODED,
-            prompts,
-            key=jax.random.key(seed),
-            sampling=sampling,
-            samples_per_prompt=2,
-            max_new_tokens=new,
-        )
-
-    run(Sampling())
-    with Compilations() as compiled:
-        run(Sampling(temperature=0.3, top_k=7), seed=1)
-        run(Sampling(top_p=0.5, min_p=0.1))
-        run(Sampling(greedy=True))
-        run(Sampling(stop_ids=(1, 2, 3)))
-        run(Sampling(), prompts=[prompt[: 17 + i] for i, prompt in enumerate(prompts)])
-        run(Sampling(), new=[5, 6, 5, 6])
-    assert compiled.names == []
-    with Compilations() as compiled:
-        run(Sampling(), new=13)  # the next bucket
-    assert compiled.names != []
-
-
 # At SmolLM2's vocabulary, with a model so small that scores dominate all else.
 TRAINED = ModelConfig(49152, 8, 2, 2, 1, 8, 16)
 BATCH, CONTEXT, TOKENS = 16, 16, 240
 SCORES = BATCH * TOKENS * TRAINED.vocab_size  # elements of all rows' scores: 0.75 GB in float32
+
+
+works = pytest.mark.parametrize("work", ["policy", pytest.param("sft", marks=pytest.mark.slow)])
 
 
 @functools.cache
@@ -235,7 +220,7 @@ def lowered_training(work: str, config: ModelConfig):
     return train, jax.jit(step, donate_argnums=0).lower(train, batch)
 
 
-@pytest.mark.parametrize("work", ["policy", "sft"])
+@works
 def test_a_train_step_never_holds_all_scores(work):
     _, compiled = training_program(work)
     largest = max(map(elements, compiled.as_text().splitlines()))
@@ -243,7 +228,7 @@ def test_a_train_step_never_holds_all_scores(work):
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * SCORES / 3
 
 
-@pytest.mark.parametrize("work", ["policy", "sft"])
+@works
 def test_a_train_step_updates_its_state_in_place(work):
     train, compiled = training_program(work)
     weights = sum(
@@ -252,7 +237,7 @@ def test_a_train_step_updates_its_state_in_place(work):
     assert compiled.memory_analysis().alias_size_in_bytes >= weights
 
 
-@pytest.mark.parametrize("work", ["policy", "sft"])
+@works
 def test_no_bfloat16_product_is_one_that_a_cpu_has_in_float32_only(work):
     """XLA:CPU widens both operands where the first is summed over one axis that is not its last,
     and multiplies four times as slowly; with two such axes it transposes it."""
@@ -265,6 +250,7 @@ def test_no_bfloat16_product_is_one_that_a_cpu_has_in_float32_only(work):
         assert len(axes) > 1 or axes == [first.count("x")], (summed, first)
 
 
+@pytest.mark.slow  # test_scoring.py has it, in part, among fast tests
 def test_scoring_never_holds_all_scores():
     params = jax.eval_shape(lambda: transformer.init(TRAINED, jax.random.key(0)))
     tokens = shape((BATCH, TOKENS + 1), jnp.int32)
@@ -274,6 +260,7 @@ def test_scoring_never_holds_all_scores():
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.25e9
 
 
+@pytest.mark.slow
 def test_layers_that_are_computed_again_are_not_kept():
     """With rematerialisation temporaries do not grow with every layer's activations."""
 
@@ -287,16 +274,24 @@ def test_layers_that_are_computed_again_are_not_kept():
 
 @pytest.mark.parametrize(
     ("stored", "products"),
-    [("qkv_proj", 3), ("out_proj", 1), ("gate_proj", 1), ("up_proj", 1), (PROJECTIONS, 6)],
+    [
+        (PROJECTIONS, 6),
+        (("qkv_proj",), 3),
+        *(
+            pytest.param((name,), 1, marks=pytest.mark.slow)
+            for name in ("out_proj", "gate_proj", "up_proj")
+        ),
+    ],
 )
 def test_what_is_stored_is_not_multiplied_again(stored, products):
-    def count(stored):
-        config = ModelConfig(64, 64, 2, 4, 2, 16, 128, remat_save=stored)
-        lowered = gradient_of_logprobs(config, shape((2, 8), jnp.int32))
-        return lowered.as_text().count("dot_general")
+    assert products_storing(()) - products_storing(stored) == products
 
-    stored = (stored,) if isinstance(stored, str) else stored
-    assert count(()) - count(stored) == products
+
+@functools.cache
+def products_storing(stored):
+    config = ModelConfig(64, 64, 2, 4, 2, 16, 128, remat_save=stored)
+    lowered = gradient_of_logprobs(config, shape((2, 8), jnp.int32))
+    return lowered.as_text().count("dot_general")
 
 
 def test_most_scores_above_the_diagonal_are_not_computed():

@@ -1,5 +1,7 @@
 """Blocked scoring against the full log-softmax: values, gradients, masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from spark_jax.models.config import ModelConfig
 CONFIG = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
 )
-PARAMS = transformer.init(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(transformer.init, static_argnums=0)(CONFIG, jax.random.key(0))
 TOKENS = jax.random.randint(jax.random.key(1), (3, 7), 0, 50)
 
 
@@ -24,15 +26,19 @@ def full(params, tokens):
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 1000])
+@functools.partial(jax.jit, static_argnums=2)
+def of_tokens(params, tokens, chunk):
+    both = scoring.token_logprobs_and_entropy(params, CONFIG, tokens, chunk=chunk)
+    return both, scoring.token_logprobs(params, CONFIG, tokens, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_equals_full_log_softmax(chunk):
-    logprobs, entropy = scoring.token_logprobs_and_entropy(PARAMS, CONFIG, TOKENS, chunk=chunk)
+    (logprobs, entropy), alone = of_tokens(PARAMS, TOKENS, chunk)
     expected_logprobs, expected_entropy = full(PARAMS, TOKENS)
     np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
     np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
-    np.testing.assert_array_equal(
-        logprobs, scoring.token_logprobs(PARAMS, CONFIG, TOKENS, chunk=chunk)
-    )
+    np.testing.assert_array_equal(logprobs, alone)
 
 
 def test_gradients_equal_those_of_full_log_softmax():
@@ -54,23 +60,31 @@ def test_responses_are_scored_as_if_alone():
     prompt_lengths, lengths = np.array([2, 4, 3]), np.array([3, 1, 0])
     prompt_mask = jnp.arange(4) >= 4 - prompt_lengths[:, None]
     mask = jnp.arange(3) < lengths[:, None]
-    got, entropy = scoring.response_logprobs_and_entropy(
-        PARAMS, CONFIG, TOKENS[:, :4], prompt_mask, TOKENS[:, 4:], mask, chunk=5
+    tokens = np.asarray(TOKENS)
+    compute = jax.jit(
+        functools.partial(scoring.response_logprobs_and_entropy, chunk=5), static_argnums=1
     )
+    got, entropy = compute(PARAMS, CONFIG, tokens[:, :4], prompt_mask, tokens[:, 4:], mask)
+    got, entropy = np.asarray(got), np.asarray(entropy)
+    alone = np.zeros_like(tokens)  # from the start on, and causal: what follows is not seen
     for row, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
-        alone = TOKENS[row : row + 1, 4 - p : 4 + n]
-        logprobs, entropies = full(PARAMS, alone)
-        np.testing.assert_allclose(got[row, :n], logprobs[0, p - 1 :], atol=1e-5)
-        np.testing.assert_allclose(entropy[row, :n], entropies[0, p - 1 :], atol=1e-5)
+        alone[row, : p + n] = tokens[row, 4 - p : 4 + n]
+    logprobs, entropies = map(np.asarray, full(PARAMS, alone))
+    for row, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        here = slice(p - 1, p + n - 1)
+        np.testing.assert_allclose(got[row, :n], logprobs[row, here], atol=1e-5)
+        np.testing.assert_allclose(entropy[row, :n], entropies[row, here], atol=1e-5)
     assert np.all(np.asarray(got)[~np.asarray(mask)] == 0)
 
 
 def test_indexed_tokens_are_scored_as_among_all():
     """Any order, any repetition; each row's own."""
     index = jnp.asarray([[6, 1, 3, 3], [2, 2, 5, 1], [4, 6, 5, 3]])
-    got = scoring.logprobs_and_entropy_at(PARAMS, CONFIG, TOKENS, index, chunk=5)
+    compute = jax.jit(functools.partial(scoring.logprobs_and_entropy_at, chunk=5), static_argnums=1)
+    got = compute(PARAMS, CONFIG, TOKENS, index)
     for a, b in zip(got, full(PARAMS, TOKENS), strict=True):
-        np.testing.assert_allclose(a, jnp.take_along_axis(b, index - 1, axis=1), atol=1e-5)
+        expected = np.take_along_axis(np.asarray(b), np.asarray(index) - 1, axis=1)
+        np.testing.assert_allclose(a, expected, atol=1e-5)
 
 
 def test_indices_of_zero_are_harmless():
@@ -106,10 +120,11 @@ def test_scoring_4096_tokens_takes_a_quarter_gigabyte_of_temporaries(optimised):
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.25 * 2**30
 
 
+@pytest.mark.slow  # of a train step, test_performance_guards.py has it among fast tests
 def test_no_scores_over_all_tokens_are_held(optimised):
     """Neither forward nor backward has an array of tokens × vocabulary."""
     config = ModelConfig(1031, 16, 1, 2, 1, 8, 32)
-    params = transformer.init(config, jax.random.key(0))
+    params = transformer.shapes(config)
     tokens = jnp.zeros((4, 65), jnp.int32)
 
     def loss(p):

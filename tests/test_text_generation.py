@@ -36,7 +36,9 @@ def sampled(model, prompts, options=None):
     return sample(prompts, samples_per_prompt=2, settings=SETTINGS, seed=3)
 
 
-@pytest.mark.parametrize("by", ["max_prompt_length", "positions"])
+@pytest.mark.parametrize(
+    "by", ["max_prompt_length", pytest.param("positions", marks=pytest.mark.slow)]
+)
 def test_a_prompt_that_does_not_fit_gets_no_text_and_the_others_are_not_touched(
     model, prompts, by, caplog
 ):
@@ -62,6 +64,7 @@ def test_nothing_is_decoded_where_no_prompt_fits(model, prompts, monkeypatch):
 def test_prompts_are_not_padded_beyond_what_the_model_has_positions_for(model, prompts):
     texts, length = prompts
     shorter = dataclasses.replace(model.config, max_positions=length + SETTINGS.max_new_tokens)
+    assert longest_prompt(shorter, SETTINGS.max_new_tokens, DecodeOptions()) == length
     rollout = sample_rollout(
         dataclasses.replace(model, config=shorter),
         texts[:1],

@@ -1,4 +1,8 @@
-"""The decoder: against full forwards, against itself one by one, and against the scorer."""
+"""The decoder: against full forwards, against itself one by one, and against the scorer.
+
+Every program takes seconds to compile. Most tests share two: four samples each of all of `prompts`
+at once, and one each in `WAITING`, where rows wait; both for at most 20 tokens.
+"""
 
 import dataclasses
 
@@ -6,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 
 from spark_jax import decoding, scoring
 from spark_jax.decoding import decoder
@@ -21,11 +26,15 @@ CONFIG = ModelConfig(
 GREEDY = decoding.Sampling(greedy=True, stop_ids=(3, 4))
 RANDOM = decoding.Sampling(stop_ids=(3, 4))
 KEY = jax.random.key(5)
+WAITING = {"slots": 6, "samples_per_prompt": 1}
+
+init = jax.jit(transformer.init, static_argnums=0)
+score = jax.jit(scoring.response_logprobs_and_entropy, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params = init(CONFIG, jax.random.key(0))
     return jax.tree.map(lambda x: 1.5 * x, params)  # sharper than at initialisation
 
 
@@ -36,7 +45,7 @@ def prompts():
 
 
 def generate(params, prompts, sampling=RANDOM, config=CONFIG, **options):
-    options = {"key": KEY, "samples_per_prompt": 1, "max_new_tokens": 20, **options}
+    options = {"key": KEY, "samples_per_prompt": 4, "max_new_tokens": 20, **options}
     return decoding.generate(params, config, prompts, sampling=sampling, **options)
 
 
@@ -61,11 +70,12 @@ def greedy_by_full_forward(params, prompt, limit, stop_ids):
 
 
 def test_greedy_equals_full_forwards(params, prompts):
-    got = responses(generate(params, prompts[:4], GREEDY, max_new_tokens=8))
-    expected = [greedy_by_full_forward(params, p, 8, (3, 4)) for p in prompts[:4]]
-    assert got == expected
+    got = responses(generate(params, prompts, GREEDY))
+    expected = [greedy_by_full_forward(params, p, 20, (3, 4)) for p in prompts]
+    assert got == [response for response in expected for _ in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -77,15 +87,15 @@ def test_greedy_equals_full_forwards(params, prompts):
     ids=str,
 )
 def test_scheduling_changes_no_token(params, prompts, options):
-    """150 tokens need both ring sizes, so slots of very different age share the cache. One row in
+    """100 tokens need both ring sizes, so slots of very different age share the cache. One row in
     three is greedy: continuous batching there is compared token for token at temperature 0."""
-    assert decoder.Shape(1, 1, 1, ladder(150), 1).rings == (96, 192)
+    assert decoder.Shape(1, 1, 1, ladder(100), 1).rings == (64, 128)
     sampling = decoding.Sampling(greedy=np.arange(7) % 3 == 0, stop_ids=(3,))
-    common = {"samples_per_prompt": 5, "max_new_tokens": 150}
+    common = {"samples_per_prompt": 5, "max_new_tokens": 100}
     together = generate(params, prompts, sampling, **common)
     scheduled = generate(params, prompts, sampling, **common, **options)
     lengths = list(map(len, responses(together)))
-    assert max(lengths) > 96
+    assert max(lengths) > 64
     assert min(lengths) < 20
     assert responses(scheduled) == responses(together)
     np.testing.assert_allclose(scheduled.logprobs, together.logprobs, atol=1e-4)
@@ -93,15 +103,28 @@ def test_scheduling_changes_no_token(params, prompts, options):
     assert int(scheduled.decode_steps) >= int(together.decode_steps)
 
 
-def test_group_equals_replicated_prompts(params, prompts):
-    """Row b draws from (key, b), so G samples of one prompt are G copies of it, one sample each."""
-    group = generate(params, prompts[:3], samples_per_prompt=4)
-    copies = generate(params, [p for p in prompts[:3] for _ in range(4)])
-    assert responses(group) == responses(copies)
-    np.testing.assert_allclose(group.logprobs, copies.logprobs, atol=1e-5)
+def test_group_equals_replicated_prompts_and_slots_are_a_limit(params, prompts):
+    """Row b draws from (key, b), so G samples of one prompt are G copies of it, one sample each;
+    and so they are where rows wait for slots, sampled or greedy."""
+    greedy = np.asarray([False, True] + [False] * 5)
+    group = generate(params, prompts, decoding.Sampling(greedy=greedy, stop_ids=(3, 4)))
+    copies = generate(
+        params,
+        [p for p in prompts[:2] for _ in range(4)],
+        decoding.Sampling(greedy=greedy[:2].repeat(4), stop_ids=(3, 4)),
+        max_prompt_length=8,
+        **WAITING,
+    )
+    assert responses(group)[:8] == responses(copies)
+    np.testing.assert_allclose(group.logprobs[:8], copies.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(group.finished[:8], copies.finished)
     assert len({tuple(r) for r in responses(group)[:4]}) > 1
+    steps = int(copies.mask.sum()) / float(copies.slot_occupancy) / int(copies.decode_steps)
+    assert round(steps) == 6
+    assert float(group.queue_occupancy) == 1
 
 
+@pytest.mark.slow
 def test_layouts_agree(params, prompts):
     stacked = generate(params, prompts)
     unrolled = generate(decoding.layout(params, CONFIG), prompts)
@@ -109,54 +132,75 @@ def test_layouts_agree(params, prompts):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "tolerance"),
-    [("float32", None, 1e-4), ("bfloat16", None, 0.05), ("float32", "int8", 0.02)],
+    ("dtype", "cache_dtype", "how", "tolerance"),
+    [
+        ("float32", None, {"slots": 6, "max_new_tokens": 100}, 1e-4),
+        ("float32", "int8", {}, 0.02),
+        pytest.param("bfloat16", None, {"max_new_tokens": 40}, 0.05, marks=pytest.mark.slow),
+    ],
 )
-def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, tolerance):
+def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, how, tolerance):
+    """100 tokens need both ring sizes, so slots of very different age share the cache."""
+    assert decoder.Shape(1, 1, 1, ladder(100), 1).rings == (64, 128)
     config = dataclasses.replace(CONFIG, dtype=dtype, cache_dtype=cache_dtype)
-    params = transformer.init(config, jax.random.key(0))
-    rollout = decoding.generate(
+    params = init(CONFIG, jax.random.key(0))
+    rollout = generate(
         decoding.layout(params, config),
-        config,
         prompts,
-        key=KEY,
-        sampling=decoding.Sampling(temperature=0.8, top_p=0.9, stop_ids=(3,)),
+        decoding.Sampling(temperature=0.8, top_p=0.9, stop_ids=(3,)),
+        config,
         samples_per_prompt=3,
-        max_new_tokens=40,
+        **how,
     )
+    lengths = list(map(len, responses(rollout)))
+    assert min(lengths) < 20
+    assert max(lengths) > 64 or "slots" not in how
     prompt_tokens, prompt_mask = (
-        jnp.repeat(x, 3, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
+        np.repeat(x, 3, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
     )
-    scored, _ = scoring.response_logprobs_and_entropy(
-        params, config, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
+    scored, _ = score(
+        params,
+        CONFIG if dtype == "float32" else config,
+        prompt_tokens,
+        prompt_mask,
+        rollout.tokens,
+        rollout.mask,
     )
     np.testing.assert_allclose(rollout.logprobs, scored, atol=tolerance)
     assert np.all(np.asarray(rollout.logprobs)[~np.asarray(rollout.mask)] == 0)
 
 
-@pytest.mark.parametrize("how", [{}, {"slots": 4, "min_shared_prefix": 1}], ids=str)
-def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(prompts, how):
-    """Both layouts, rows that wait for lanes, lanes that take over prompts, a shared template.
+WITH_ALL = {"slots": 4, "min_shared_prefix": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "how"), [("stacked", {}), ("stacked", WITH_ALL), ("unrolled", WITH_ALL)], ids=str
+)
+def test_a_cache_in_int8_costs_little(prompts, layout, how):
+    """With all: rows that wait for lanes, lanes that take over prompts, a shared template. (The
+    unrolled layout on its own is compared with the scorer above.)
 
     At initialisation, not sharper: logits that grow with the weights multiply the rounding (1.5 ×
     the weights: a gap of .19 in 127 levels, .002 in 32767).
     """
-    params = transformer.init(CONFIG, jax.random.key(0))
-    prompts = [[5, 6, *prompt] for prompt in prompts]
+    params = init(CONFIG, jax.random.key(0))
+    if how:
+        prompts = [list(range(40)) + prompt for prompt in prompts]
     config = dataclasses.replace(CONFIG, cache_dtype="int8")
-    exact = generate(params, prompts, samples_per_prompt=3, **how)
-    stacked = generate(params, prompts, config=config, samples_per_prompt=3, **how)
-    unrolled = generate(
-        decoding.layout(params, config), prompts, config=config, samples_per_prompt=3, **how
-    )
-    for rollout in (stacked, unrolled):
-        same = np.cumprod(np.asarray(rollout.tokens) == np.asarray(exact.tokens), axis=1)
-        same = same.astype(bool) & np.asarray(exact.mask)
-        assert same.sum() > 0.4 * np.asarray(exact.mask).sum()  # nearly equal scores, by chance
-        gap = np.abs(np.asarray(rollout.logprobs) - np.asarray(exact.logprobs))[same]
-        assert 0 < gap.max() < 0.06
-        assert gap.mean() < 0.01
+    exact = generate(params, prompts, samples_per_prompt=4, **how)
+    laid = params if layout == "stacked" else decoding.layout(params, config)
+    rollout = generate(laid, prompts, config=config, samples_per_prompt=4, **how)
+    assert int(rollout.shared_prefix) == (32 if how else 0)
+    same = np.cumprod(np.asarray(rollout.tokens) == np.asarray(exact.tokens), axis=1)
+    same = same.astype(bool) & np.asarray(exact.mask)
+    assert same.sum() > 0.4 * np.asarray(exact.mask).sum()  # nearly equal scores, by chance
+    gap = np.abs(np.asarray(rollout.logprobs) - np.asarray(exact.logprobs))[same]
+    assert 0 < gap.max() < 0.06
+    assert gap.mean() < 0.01
 
+
+def test_a_cache_in_int8_is_half_of_bfloat16():
     def size(config):
         cache = jax.eval_shape(
             lambda: kv_cache.empty(
@@ -168,11 +212,12 @@ def test_a_cache_in_int8_is_half_of_bfloat16_and_costs_little(prompts, how):
 
     of_scales = 4 / CONFIG.head_dim  # float32, one to each head_dim numbers
     narrow = size(dataclasses.replace(CONFIG, dtype="bfloat16"))
-    assert size(config) == narrow / 2 * (1 + of_scales)
+    in_int8 = size(dataclasses.replace(CONFIG, cache_dtype="int8"))
+    assert in_int8 == narrow / 2 * (1 + of_scales)
 
 
 def test_stop_token_belongs_to_the_response(params, prompts):
-    rollout = generate(params, prompts, samples_per_prompt=4)
+    rollout = generate(params, prompts)
     for response, finished in zip(responses(rollout), rollout.finished, strict=True):
         assert (response[-1] in (3, 4)) == bool(finished)
         assert not {3, 4} & set(response[:-1])
@@ -183,7 +228,7 @@ def test_stop_token_belongs_to_the_response(params, prompts):
 
 def test_a_stop_id_that_equals_padding_counts_too(params, prompts):
     """Id 0 fills the arrays past the end; the mask alone says what is response."""
-    rollout = generate(params, prompts, decoding.Sampling(stop_ids=(0,)), samples_per_prompt=4)
+    rollout = generate(params, prompts, decoding.Sampling(stop_ids=(0,)))
     ended = [r for r, f in zip(responses(rollout), rollout.finished, strict=True) if f]
     assert ended
     assert all(r[-1] == 0 and 0 not in r[:-1] for r in ended)
@@ -191,23 +236,24 @@ def test_a_stop_id_that_equals_padding_counts_too(params, prompts):
 
 def test_limits_and_stop_ids_by_row(params, prompts):
     limits = [1, 2, 3, 20, 5, 6, 7]
-    rollout = generate(params, prompts, decoding.Sampling(), max_new_tokens=limits)
-    assert list(map(len, responses(rollout))) == limits
-    stops = np.asarray([[r[0]] for r in responses(rollout)])
+    rollout = generate(params, prompts, decoding.Sampling(greedy=True), max_new_tokens=limits)
+    assert list(map(len, responses(rollout))) == np.repeat(limits, 4).tolist()
+    stops = np.asarray([[r[0]] for r in responses(rollout)[::4]])
     stops[0] = -1
-    short = generate(params, prompts, decoding.Sampling(stop_ids=stops), max_new_tokens=limits)
-    assert list(map(len, responses(short))) == [1] * 7
-    np.testing.assert_array_equal(short.finished, [False] + [True] * 6)
+    sampling = decoding.Sampling(greedy=True, stop_ids=stops)
+    short = generate(params, prompts, sampling, max_new_tokens=limits)
+    assert list(map(len, responses(short))) == [1] * 28
+    np.testing.assert_array_equal(short.finished, [False] * 4 + [True] * 24)
 
 
 def test_rollout_layout_and_occupancy(params, prompts):
-    rollout = generate(params, prompts, samples_per_prompt=4, slots=4)
+    rollout = generate(params, prompts, **WAITING)
     lengths = list(map(len, prompts))
     np.testing.assert_array_equal(rollout.prompt_mask.sum(axis=1), lengths)
     for row, prompt in zip(np.asarray(rollout.prompt_tokens), prompts, strict=True):
         assert row[-len(prompt) :].tolist() == prompt
     tokens = int(rollout.mask.sum())
-    assert float(rollout.slot_occupancy) == pytest.approx(tokens / (4 * int(rollout.decode_steps)))
+    assert float(rollout.slot_occupancy) == pytest.approx(tokens / (6 * int(rollout.decode_steps)))
 
 
 def test_same_key_same_rollout_and_another_key_another(params, prompts):
@@ -216,37 +262,26 @@ def test_same_key_same_rollout_and_another_key_another(params, prompts):
     assert responses(generate(params, prompts, key=jax.random.key(6))) != first
 
 
-def test_settings_recompile_nothing(params, prompts):
-    generate(params, prompts, max_new_tokens=17)
-    before = decoder.decode._cache_size()
-    for sampling in (
-        decoding.Sampling(temperature=0.3, stop_ids=(9,)),
-        decoding.Sampling(top_p=0.5),
-        decoding.Sampling(top_k=4, min_p=0.1, stop_ids=tuple(range(8))),
-        decoding.Sampling(greedy=np.arange(7) % 2 == 0, temperature=np.linspace(0.5, 2, 7)),
-    ):
-        generate(params, prompts[::-1], sampling, max_new_tokens=24, key=jax.random.key(1))
-    generate(params, [[*p[:6], 1] for p in prompts], max_new_tokens=20)  # same rung
-    assert decoder.decode._cache_size() == before
-
-
-def test_other_numbers_of_prompts_on_a_rung_compile_nothing(params, prompts):
+def test_settings_and_prompts_within_a_bucket_compile_nothing(params, prompts):
     """Not the decoder, and not the handling of its results either."""
-    compiled = []
 
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+    def run(some, sampling=RANDOM, **options):
+        return rollout_texts(generate(params, some, sampling, **options), IdsAsText())
 
-    def both(some):
-        rollout = generate(params, some, samples_per_prompt=2)
-        return rollout_texts(rollout, IdsAsText())
-
-    both(prompts[:6])
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    assert len(both(prompts[:5])) == 10
-    assert len(both(prompts[1:6])) == 10
-    assert not compiled
+    run(prompts)
+    keys = [jax.random.key(seed) for seed in (1, 2)]
+    with Compilations() as compiled:
+        run(prompts[::-1], decoding.Sampling(temperature=0.3, stop_ids=(9,)), key=keys[0])
+        run(prompts, decoding.Sampling(top_p=0.5), max_new_tokens=24, key=keys[1])
+        run(prompts, decoding.Sampling(top_k=4, min_p=0.1, stop_ids=tuple(range(8))))
+        mixed = {"greedy": np.arange(7) % 2 == 0, "temperature": np.linspace(0.5, 2, 7)}
+        run(prompts, decoding.Sampling(**mixed), max_new_tokens=[17, 18, 19, 20, 21, 22, 23])
+        run([[*p[:6], 1] for p in prompts])  # same rung
+        assert len(run([*prompts, [9]])) == 32  # and of the number of prompts
+    assert compiled.names == []
+    with Compilations() as compiled:
+        jax.jit(lambda x: x + 3)(len(prompts))
+    assert compiled.names != []
 
 
 class IdsAsText:
@@ -254,39 +289,37 @@ class IdsAsText:
         return [" ".join(map(str, row)) for row in rows]
 
 
-def test_slots_are_a_limit(params, prompts):
-    few = generate(params, prompts[:5], slots=6)
-    shape_steps = int(few.mask.sum()) / float(few.slot_occupancy) / int(few.decode_steps)
-    assert round(shape_steps) == 6
-    assert responses(few) == responses(generate(params, prompts[:5]))
-
-
+@pytest.mark.slow
 def test_a_stage_of_groups_keeps_its_slots_busy_while_any_sample_waits(params):
     """Samples of unknown length, of more prompts than fit: no slot waits for its neighbours, and
     when no prompt waits any more, free slots take over samples of groups under way."""
     rng = np.random.default_rng(3)
     many = [rng.integers(0, 50, n).tolist() for n in rng.integers(4, 9, 10)]
     options = {"samples_per_prompt": 6, "max_new_tokens": 60}
-    together = generate(params, many, **options)
     few = generate(params, many, slots=8, **options)
-    assert responses(few) == responses(together)
+    wide = generate(params, many, slots=8, slots_per_lane=4, **options)
+    assert responses(few) == responses(wide)
     assert float(few.queue_occupancy) > 0.9
     assert float(few.slot_occupancy) > 0.75
-    assert float(together.queue_occupancy) == 1
-    wide = generate(params, many, slots=8, slots_per_lane=4, **options)
     assert float(wide.queue_occupancy) < float(few.queue_occupancy)
 
 
 def test_the_longest_are_begun_first(params):
-    """In the order given, the last would run alone for 20 of 27 steps."""
+    """In the order given, the last would begin where the others end: 25 steps."""
     limits = [5] * 6 + [20]
     rollout = generate(
-        params, [[i + 5] for i in range(7)], decoding.Sampling(), max_new_tokens=limits, slots=2
+        params,
+        [[i + 5] for i in range(7)],
+        decoding.Sampling(),
+        max_new_tokens=limits,
+        max_prompt_length=8,
+        **WAITING,
     )
-    assert int(rollout.decode_steps) == 30 - 5
+    assert int(rollout.decode_steps) == 20
     assert np.asarray(rollout.mask).sum(axis=1).tolist() == limits
 
 
+@pytest.mark.slow
 def test_a_run_of_several_stages_compiles_little(params):
     """Stages differ in settings, templates and prompts; each has its sizes, and few programs."""
     before = decoding.compiled_programs()
@@ -331,7 +364,7 @@ def test_bad_requests_are_refused(params, prompts, options, message):
 def test_no_vocabulary_sort_and_no_wide_scores_in_the_program(params):
     """What the decode loop must not hold: a sort of the vocabulary, or scores of a whole prompt."""
     config = dataclasses.replace(CONFIG, vocab_size=1031)
-    params = transformer.init(config, jax.random.key(0))
+    params = transformer.shapes(config)
     shape = decoder.Shape(lanes=2, width=3, group_size=3, columns=16, prefill=2)
     sampling = decoding.Sampling(top_p=0.9, top_k=5).per_prompt(2)
     requests = decoder.Requests(
@@ -348,10 +381,11 @@ def test_no_vocabulary_sort_and_no_wide_scores_in_the_program(params):
     assert "x24x1031x" not in text
 
 
+@pytest.mark.slow
 def test_bfloat16_decodes_long_shared_prompts():
     """Some orders of a matrix product's axes do not run in bfloat16 on CPU, from some size on."""
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=16)
-    params = decoding.layout(transformer.init(config, jax.random.key(0)), config)
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", head_dim=16, num_layers=1)
+    params = decoding.layout(init(config, jax.random.key(0)), config)
     rollout = decoding.generate(
         params,
         config,
@@ -366,9 +400,9 @@ def test_bfloat16_decodes_long_shared_prompts():
 
 
 def test_a_rollout_is_made_again_from_its_samples(params, prompts):
-    rollout = generate(params, prompts, samples_per_prompt=2)
+    rollout = generate(params, prompts)
     samples = decoding.samples_of(rollout)
-    again = decoding.rollout_of(samples, prompts, 2)
+    again = decoding.rollout_of(samples, prompts, 4)
     assert jax.tree.structure(again) == jax.tree.structure(rollout)
     for made, first in zip(jax.tree.leaves(again), jax.tree.leaves(rollout), strict=True):
         np.testing.assert_array_equal(made, first)

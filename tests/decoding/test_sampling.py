@@ -114,7 +114,7 @@ def test_rows_are_cut_alike_however_many_at_once(cached, monkeypatch):
 def test_bisection_keeps_what_a_sort_keeps(seed, top_k, top_p):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=40).astype(np.float32) * rng.choice([0.1, 1, 5])
-    weights = jnp.exp(jnp.asarray(logits) - logits.max())[None]
+    weights = np.exp(logits - logits.max())[None]
     for options in ({"top_k": top_k}, {"top_p": top_p}):
         kept = np.asarray(weights[0] >= cut_of(weights, Sampling(**options).per_prompt(1))[0])
         law = exact_law(logits, **options)
@@ -137,8 +137,9 @@ def test_ties_at_the_edge_are_all_kept():
 )
 def test_inverse_cdf_never_returns_a_weightless_index(weights, uniform):
     weights = [*weights, 1.0, 0.0]
-    padded = jnp.zeros((1, 640), jnp.float32).at[0, : len(weights)].set(jnp.asarray(weights))
-    index, total = jax.jit(inverse_cdf)(padded, jnp.asarray([uniform]))
+    padded = np.zeros((1, 640), np.float32)
+    padded[0, : len(weights)] = weights
+    index, total = jax.jit(inverse_cdf)(padded, np.asarray([uniform], np.float32))
     assert weights[int(index[0])] > 0
     np.testing.assert_allclose(total[0], np.sum(weights), rtol=1e-5)
 
@@ -160,7 +161,7 @@ def test_settings_out_of_range_are_refused(options, message):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), vocab=st.sampled_from([3, 128, 300]))
+@given(seed=st.integers(0, 10**6), vocab=st.sampled_from([128, 300]))
 def test_greedy_takes_the_first_of_equal_maxima(seed, vocab):
     logits = np.random.default_rng(seed).integers(0, 4, (3, vocab)).astype(np.float32)
     sampling = jax.tree.map(jnp.asarray, Sampling(greedy=[True, False, True]).per_prompt(3))

@@ -25,11 +25,16 @@ STOP = decoding.Sampling(stop_ids=(3,))
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.init(CONFIG, jax.random.key(0))
+    return init(CONFIG, jax.random.key(0))
+
+
+init = jax.jit(transformer.init, static_argnums=0)
+prefill = jax.jit(transformer.prefill, static_argnums=1)
+score = jax.jit(scoring.response_logprobs_and_entropy, static_argnums=1)
 
 
 def generate(params, prompts, config=CONFIG, **options):
-    options = {"sampling": STOP, "samples_per_prompt": 2, "max_new_tokens": 12, **options}
+    options = {"sampling": STOP, "samples_per_prompt": 3, "max_new_tokens": 12, **options}
     return decoding.generate(params, config, prompts, key=jax.random.key(5), **options)
 
 
@@ -52,9 +57,10 @@ def assert_same(shared, alone, prefix):
     np.testing.assert_array_equal(shared.prompt_mask, alone.prompt_mask)
 
 
-@pytest.mark.parametrize("unstacked", [True, False])
+@pytest.mark.parametrize("unstacked", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_sharing_changes_no_token(params, unstacked):
-    """Ragged remainders; one prompt is the template itself and no more."""
+    """Ragged remainders; one prompt is the template itself and no more. (Fast tests compare the
+    unstacked layout with the scorer.)"""
     prompts = [*endings(1, 9, 4), TEMPLATE]
     layout = decoding.layout(params, CONFIG) if unstacked else params
     assert_same(
@@ -64,65 +70,74 @@ def test_sharing_changes_no_token(params, unstacked):
 
 def test_a_prompt_of_one_token_after_the_template(params):
     """Nothing of it is prefilled: its only own token is the first that is decoded."""
-    prompts = [[*TEMPLATE[:64], 7], TEMPLATE[:64] + [8] * 6, TEMPLATE[:64] + [9] * 6]
+    others = [TEMPLATE[:64] + [n] * 15 for n in (8, 9, 10)]
+    prompts = [[*TEMPLATE[:64], 7], *others]  # of the sizes above: the same programs
     assert_same(generate(params, prompts), generate(params, prompts, min_shared_prefix=NEVER), 64)
 
 
 def test_slots_and_lanes_change_no_token(params):
-    prompts = endings(3, 9, 1, 5, 2)
-    together = generate(params, prompts, samples_per_prompt=3)
-    few = generate(params, prompts, samples_per_prompt=3, slots=4, slots_per_lane=2)
+    prompts = endings(3, 9, 1, 5)
+    together = generate(params, prompts)
+    few = generate(params, prompts, slots=4, slots_per_lane=2)
     assert int(few.shared_prefix) == 64
     assert responses(few) == responses(together)
     np.testing.assert_allclose(few.logprobs, together.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("float32", 1e-4),
+        pytest.param("bfloat16", 0.05, marks=pytest.mark.slow),
+    ],
+)
 def test_sampler_agrees_with_scorer(dtype, tolerance):
     config = dataclasses.replace(CONFIG, dtype=dtype)
-    params = transformer.init(config, jax.random.key(0))
-    rollout = generate(decoding.layout(params, config), endings(1, 9, 4), config)
+    params = init(CONFIG, jax.random.key(0))
+    rollout = generate(decoding.layout(params, config), endings(1, 9, 4, 2), config)
     assert int(rollout.shared_prefix) == 64
     prompt_tokens, prompt_mask = (
-        jnp.repeat(x, 2, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
+        np.repeat(x, 3, axis=0) for x in (rollout.prompt_tokens, rollout.prompt_mask)
     )
-    scored, _ = scoring.response_logprobs_and_entropy(
-        params, config, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask
-    )
+    scored, _ = score(params, config, prompt_tokens, prompt_mask, rollout.tokens, rollout.mask)
     np.testing.assert_allclose(rollout.logprobs, scored, atol=tolerance)
 
 
 def test_prefill_after_a_template_equals_prefill_of_the_whole(params):
     tokens = jnp.asarray(endings(9, 9))
-    whole = transformer.prefill(params, CONFIG, tokens, jnp.full(2, 79))
-    template = transformer.prefill(params, CONFIG, tokens[:1, :70], jnp.full(1, 70)).as_template()
+    whole = prefill(params, CONFIG, tokens, jnp.full(2, 79))
+    template = prefill(params, CONFIG, tokens[:1, :70], jnp.full(1, 70)).as_template()
     assert template.length == 70
-    rest = transformer.prefill(params, CONFIG, tokens[:, 70:], jnp.full(2, 9), template)
+    rest = prefill(params, CONFIG, tokens[:, 70:], jnp.full(2, 9), template)
     np.testing.assert_allclose(rest.keys, whole.keys[..., 70:], atol=1e-5)
     np.testing.assert_allclose(rest.values, whole.values[..., 70:, :], atol=1e-5)
 
 
 def test_the_template_is_held_once(params):
     """Its keys have no axis for lanes or slots."""
-    template = transformer.prefill(
-        transformer.unstack(params, CONFIG), CONFIG, jnp.asarray([TEMPLATE]), jnp.full(1, 70)
-    ).as_template()
-    kv = cache.empty(
-        CONFIG, lanes=3, width=2, prompt_length=5, columns=4, stacked=False, template=template
-    )
+
+    def empty(params, tokens):
+        params = transformer.unstack(params, CONFIG)
+        template = transformer.prefill(params, CONFIG, tokens, jnp.full(1, 70)).as_template()
+        return cache.empty(
+            CONFIG, lanes=3, width=2, prompt_length=5, columns=4, stacked=False, template=template
+        )
+
+    kv = jax.eval_shape(empty, params, jnp.asarray([TEMPLATE]))
     shapes = [tuple(x.shape for x in segment.template) for segment in kv.segments()]
     assert shapes == [((2, 8, 70), (2, 70, 8))] * 2
 
 
 def test_templates_and_prompts_within_their_bucket_compile_nothing(params):
-    generate(params, endings(8, 5, 7))
+    generate(params, endings(8, 5, 7, 4))
     before = decoder.decode._cache_size()
     longer = [[*TEMPLATE, *([1] * extra), last] for extra in (5, 6) for last in (2, 3)]
     assert shared_prefix(longer) == 64
     shorter = [[*p[:76], i] for i, p in enumerate(longer)]
-    for prompts in (endings(7, 8, 2), longer[:3], shorter[:3]):
+    another = [[7, 7, *prompt[2:]] for prompt in endings(7, 8, 2, 5)]  # template of another stage
+    for prompts in (another, longer, shorter):
         generate(params, prompts, sampling=decoding.Sampling(top_p=0.9, temperature=0.7))
-    padded = [generate(params, p, max_prompt_length=100) for p in (endings(1, 2, 3), longer[:3])]
+    padded = [generate(params, p, max_prompt_length=100) for p in (endings(1, 2, 3, 4), longer)]
     assert [int(r.shared_prefix) for r in padded] == [64, 64]
     assert decoder.decode._cache_size() == before + 1
 

@@ -66,15 +66,15 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
         ahead_of_time.report()
 
 
-@pytest.mark.slow(minutes=5)
+@pytest.mark.slow(minutes=3)
 @pytest.mark.skipif(not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods")
 def test_kernels_compile_for_all_generations_and_hold_no_scores():
-    """Temporaries are a share of the reference's wherever the reference leaves VMEM."""
-    rows = ahead_of_time.report(["v5e", "v5p", "v6e"])
-    measured = {(row["generation"], row["case"]): row["temporaries"] for row in rows}
-    kernels = {key: size for key, size in measured.items() if "/pallas_tpu/" in key[1]}
-    assert len(kernels) == 3 * len(ahead_of_time.all_cases()) // 2
-    for (generation, case), size in kernels.items():
-        reference = measured[generation, case.replace("pallas_tpu", "xla")]
-        assert size < 24 * 2**20, (generation, case)
-        assert reference < 100 * 2**20 or size < reference / 5, (generation, case)
+    """Temporaries are a share of the reference's, as one generation has it, wherever the reference
+    leaves VMEM."""
+    references = {row["case"]: row["temporaries"] for row in ahead_of_time.report(["v5e"], "/xla/")}
+    rows = ahead_of_time.report(["v5e", "v5p", "v6e"], "/pallas_tpu/")
+    assert len(rows) == 3 * len(references) == 3 * len(ahead_of_time.all_cases()) // 2
+    for row in rows:
+        size, reference = row["temporaries"], references[row["case"].replace("pallas_tpu", "xla")]
+        assert size < 24 * 2**20, (row["generation"], row["case"])
+        assert reference < 100 * 2**20 or size < reference / 5, (row["generation"], row["case"])

@@ -1,5 +1,7 @@
 """The block head: closed form, finite differences, odd sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,32 +17,40 @@ from spark_jax.kernels.linear_logprob import (
 
 
 def inputs(n=7, width=6, vocab=11, scale=1.0):
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = scale * jax.random.normal(keys[0], (n, width))
-    return (
-        hidden,
-        jax.random.normal(keys[1], (width, vocab)),
-        jax.random.randint(keys[2], n, 0, vocab),
-    )
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(scale * rng.normal(size=(n, width)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(size=(width, vocab)), jnp.float32)
+    return hidden, matrix, jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 def test_closed_form_for_any_block(block):
     hidden, matrix, targets = inputs()
-    logprob, logsumexp, entropy = linear_logprob_and_entropy(hidden, matrix, targets, block=block)
+
+    @jax.jit
+    def compute(*arguments):
+        pair = linear_logprob(*arguments, block=block)
+        return linear_logprob_and_entropy(*arguments, block=block), pair
+
+    (logprob, logsumexp, entropy), pair = compute(hidden, matrix, targets)
     scores = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64)
     expected = np.log(np.exp(scores).sum(axis=1))
     p = np.exp(scores - expected[:, None])
     np.testing.assert_allclose(logsumexp, expected, rtol=1e-5)
     np.testing.assert_allclose(logprob, np.log(p[np.arange(7), targets]), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-4, atol=1e-5)
-    pair = linear_logprob(hidden, matrix, targets, block=block)
     np.testing.assert_array_equal(pair[0], logprob)
     np.testing.assert_array_equal(pair[1], logsumexp)
 
 
-@pytest.mark.parametrize(("n", "block"), [(7, 3), (7, 6), (50, 20), (9, 100)])
-@pytest.mark.parametrize("vocab_major", [False, True])
+SIZES = [(7, 3, True), (50, 20, False), (9, 100, True)]
+MORE = [(*x, major) for x in ((7, 3), (7, 6), (50, 20), (9, 100)) for major in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("n", "block", "vocab_major"),
+    [*SIZES, *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE if x not in SIZES)],
+)
 def test_tiles_of_words_that_do_not_divide_the_vocabulary(n, block, vocab_major):
     """Against full log-softmax and its gradient."""
     hidden, matrix, targets = inputs(n=n, vocab=1301)
@@ -55,11 +65,15 @@ def test_tiles_of_words_that_do_not_divide_the_vocabulary(n, block, vocab_major)
     def tiled(h, m):
         return linear_logprob_and_entropy(h, m, targets, block=block, vocab_major=vocab_major)
 
-    weights = jax.random.normal(jax.random.key(1), (3, n))
-    for function in (lambda f: f, lambda f: _gradients(f, weights)):
-        got, expected = function(tiled)(hidden, matrix), function(whole)(hidden, matrix)
-        for a, b in zip(got, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    weights = np.float32(np.random.default_rng(1).normal(size=(3, n)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def values_and_gradients(function, h, m):
+        return *function(h, m), *_gradients(function, weights)(h, m)
+
+    got, expected = (values_and_gradients(f, hidden, matrix) for f in (tiled, whole))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_the_gradient_of_a_wider_matrix_is_not_rounded():
@@ -67,7 +81,13 @@ def test_the_gradient_of_a_wider_matrix_is_not_rounded():
     bfloat16 would keep 8 bits, or none once the sum is 256 times a term."""
     hidden = jnp.ones((4096, 2), jnp.bfloat16)
     matrix, targets = jnp.zeros((2, 3)), jnp.zeros(4096, jnp.int32)
-    gradient = jax.grad(lambda m: jnp.sum(linear_logprob(hidden, m, targets, block=64)[0]))(matrix)
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(m):
+        return jnp.sum(linear_logprob(hidden, m, targets, block=64)[0])
+
+    gradient = gradient_of(matrix)
     assert gradient.dtype == jnp.float32
     third = float(jnp.bfloat16(1 / 3))
     np.testing.assert_allclose(gradient[:, 1], -4096 * third, rtol=1e-6)
@@ -79,14 +99,14 @@ def test_a_narrow_matrix_has_its_gradient_rounded_once(monkeypatch):
     sums; the words that two tiles share are not counted twice."""
     hidden, matrix, targets = inputs(n=50, vocab=1301)
     hidden, matrix = hidden.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16)
-    weights = jax.random.normal(jax.random.key(1), (3, 50))
+    weights = np.float32(np.random.default_rng(1).normal(size=(3, 50)))
 
     def gradients():
         def function(h, m):
             return linear_logprob_and_entropy(h, m, targets, block=20)
 
         compute = _gradients(function, weights)
-        return compute(hidden, matrix), str(jax.make_jaxpr(compute)(hidden, matrix))
+        return jax.jit(compute)(hidden, matrix), str(jax.make_jaxpr(compute)(hidden, matrix))
 
     (summed, program), wide = gradients(), "f32[6,1301]"
     assert wide in program
@@ -108,8 +128,9 @@ def _gradients(function, weights):
 def test_gradients_by_finite_differences():
     hidden, matrix, targets = inputs(n=5, width=3, vocab=4)
 
+    @jax.jit
     def outputs(h, m):
-        return linear_logprob_and_entropy(jnp.asarray(h), jnp.asarray(m), targets, block=2)
+        return linear_logprob_and_entropy(h, m, targets, block=2)
 
     check_grads(outputs, (hidden, matrix), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 

@@ -13,11 +13,11 @@ from spark_jax.kernels.linear_logprob import linear_logprob_and_entropy
 
 
 def inputs(n, width, vocab, dtype=jnp.float32, scale=1.0):
-    keys = jax.random.split(jax.random.key(n + vocab), 4)
-    hidden = (scale * jax.random.normal(keys[0], (n, width))).astype(dtype)
-    matrix = jax.random.normal(keys[1], (width, vocab)).astype(dtype)
-    targets = jax.random.randint(keys[2], n, 0, vocab)
-    return hidden, matrix, targets, jax.random.normal(keys[3], (3, n))
+    rng = np.random.default_rng(n + vocab)
+    hidden = jnp.asarray(scale * rng.normal(size=(n, width)), dtype)
+    matrix = jnp.asarray(rng.normal(size=(width, vocab)), dtype)
+    targets = jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
+    return hidden, matrix, targets, jnp.asarray(rng.normal(size=(3, n)), jnp.float32)
 
 
 def kernel(hidden, matrix, targets, vocab_major=False):
@@ -33,9 +33,15 @@ def with_gradients(function, hidden, matrix, targets, weights):
     return outputs, pull(tuple(weights))
 
 
-@pytest.mark.parametrize("vocab_major", [False, True])
+SIZES = [(70, 65, 1300, False), (1, 3, 5, True)]
+MORE = [(n, width, vocab, major)
+        for n, width, vocab in ((64, 64, 128), (1, 3, 5), (70, 65, 1300), (19, 128, 257))
+        for major in (False, True)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("n", "width", "vocab"), [(64, 64, 128), (1, 3, 5), (70, 65, 1300), (19, 128, 257)]
+    ("n", "width", "vocab", "vocab_major"),
+    [*SIZES, *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE if x not in SIZES)],
 )
 def test_equals_the_reference(n, width, vocab, vocab_major):
     arguments = inputs(n, width, vocab, scale=width**-0.5)
@@ -57,6 +63,7 @@ def test_extreme_scores_stay_finite():
     assert all(np.all(np.isfinite(x)) for x in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_major", [False, True])
 def test_lowers_for_cuda(vocab_major):
     matrix = (49152, 576) if vocab_major else (576, 49152)

@@ -34,11 +34,11 @@ def small_blocks(monkeypatch):
 
 
 def inputs(n, width, vocab, dtype=jnp.float32, scale=1.0):
-    keys = jax.random.split(jax.random.key(n + vocab), 4)
-    hidden = (scale * jax.random.normal(keys[0], (n, width))).astype(dtype)
-    matrix = jax.random.normal(keys[1], (width, vocab)).astype(dtype)
-    targets = jax.random.randint(keys[2], n, 0, vocab)
-    return hidden, matrix, targets, jax.random.normal(keys[3], (3, n))
+    rng = np.random.default_rng(n + vocab)
+    hidden = jnp.asarray(scale * rng.normal(size=(n, width)), dtype)
+    matrix = jnp.asarray(rng.normal(size=(width, vocab)), dtype)
+    targets = jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
+    return hidden, matrix, targets, jnp.asarray(rng.normal(size=(3, n)), jnp.float32)
 
 
 def kernel(hidden, matrix, targets, vocab_major=False):
@@ -59,19 +59,25 @@ expected_with_gradients = jax.jit(functools.partial(with_gradients, reference))
 
 def assert_all_close(got, expected, atol):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=atol)
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=atol)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("tokens", "width", "vocab", "vocab_major"),
     [  # whole blocks, and ragged ends of every axis
-        (8, 8, 16, False),
-        (16, 3, 32, True),
-        (1, 8, 5, True),
-        (7, 4, 17, False),
-        (19, 5, 47, False),
         (19, 5, 47, True),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in (
+                (8, 8, 16, False),
+                (16, 3, 32, True),
+                (1, 8, 5, True),
+                (7, 4, 17, False),
+                (19, 5, 47, False),
+            )
+        ),
     ],
 )
 def test_equals_the_reference(tokens, width, vocab, vocab_major):
@@ -81,7 +87,7 @@ def test_equals_the_reference(tokens, width, vocab, vocab_major):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("vocab_major", [False, True])
+@pytest.mark.parametrize("vocab_major", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_spans_of_tokens_add_to_the_same_gradient(vocab_major, monkeypatch):
     """More tokens than have room in VMEM at once; the last span is not full."""
     arguments = inputs(21, 4, 32)
@@ -90,12 +96,14 @@ def test_spans_of_tokens_add_to_the_same_gradient(vocab_major, monkeypatch):
     assert_all_close(got, expected_with_gradients(*arguments), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_as_on_the_chip():
     arguments = inputs(1030, 4, 515)
     got = with_gradients(kernel, *arguments)
     assert_all_close(got, expected_with_gradients(*arguments), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_bfloat16_is_summed_in_float32():
     """Outputs are those of the same numbers in float32; gradients are rounded once or twice."""
@@ -111,8 +119,9 @@ def test_bfloat16_is_summed_in_float32():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("scale", [1e5])
-def test_extreme_scores_stay_finite_and_right(scale):
+@pytest.mark.slow
+def test_extreme_scores_stay_finite_and_right():
+    scale = 1e5
     hidden, matrix, targets, weights = inputs(9, 4, 40, scale=scale)
     outputs, gradients = with_gradients(kernel, hidden, matrix, targets, weights)
     logprob, logsumexp, entropy = outputs
@@ -128,6 +137,7 @@ def test_extreme_scores_stay_finite_and_right(scale):
     assert all(np.all(np.isfinite(x)) for x in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_rows_without_weight_have_no_gradient_and_reach_no_other():
     """Masked rows: whatever stands in them changes nothing."""

@@ -67,23 +67,33 @@ def interpreted():
     pltpu.reset_tpu_interpret_mode_state()
 
 
+@functools.cache
+def program(name, gradients, *blocks):
+    """Of "whole", or of an implementation as it is with blocks of these sizes."""
+
+    def total(qkv, before, segments, weights):
+        if name == "whole":
+            out = attention._attend(*qkv, attention._causal_mask(segments), before)
+        else:
+            out = attention.causal(segments, name, DTYPE)(*qkv, before)
+        return jnp.sum(out * weights), out
+
+    if not gradients:
+        return jax.jit(lambda *arguments: (total(*arguments)[1], None))
+    compute = jax.grad(total, argnums=(0, 1), has_aux=True)
+    return jax.jit(lambda *arguments: compute(*arguments)[::-1])
+
+
 def check(name, segments, before=None, *, gradients=True, tolerance=2e-5):
     """Values, and gradients by all that has one, at every token that is not padding."""
     qkv = arrays(len(segments))
     weights = np.random.default_rng(9).normal(size=qkv[0].shape) * (segments > 0)[..., None, None]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(name, qkv, before):
-        def total(qkv, before):
-            out = attention.causal(jnp.asarray(segments), name, DTYPE)(*qkv, before)
-            return jnp.sum(out * weights), out
-
-        if not gradients:
-            return total(qkv, before)[1], None
-        return jax.grad(total, argnums=(0, 1), has_aux=True)(qkv, before)[::-1]
-
-    got, expected = run(name, qkv, before), run("dense", qkv, before)
+    arguments = (qkv, before, jnp.asarray(segments), jnp.asarray(weights, jnp.float32))
+    blocks = (attention.BLOCK_SCORES, attention._FEWEST_QUERIES)
+    got = program(name, gradients, *blocks)(*arguments)
+    expected = program("whole", gradients)(*arguments)
     real = np.asarray(segments > 0)
+    got, expected = jax.tree.map(np.asarray, (got, expected))
     np.testing.assert_allclose(got[0][real], expected[0][real], atol=tolerance)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=5 * tolerance), got[1], expected[1]
@@ -101,7 +111,7 @@ def test_blocks_of_queries_attend_as_all_of_them(kind):
 @pytest.mark.parametrize("before", [0, 9])
 def test_four_blocks_attend_as_one(kind, before, monkeypatch):
     monkeypatch.setattr(attention, "_FEWEST_QUERIES", 8)
-    check("blockwise", SEGMENTS[kind], template(before) if before else None)
+    check("dense", SEGMENTS[kind], template(before) if before else None)
 
 
 def test_blocks_add_their_gradients_in_float32(monkeypatch):
@@ -112,11 +122,17 @@ def test_blocks_add_their_gradients_in_float32(monkeypatch):
     def gradients(qkv, fewest):
         monkeypatch.setattr(attention, "_FEWEST_QUERIES", fewest)
         attend = attention.causal(jnp.asarray(SEGMENTS["whole"]), "dense", qkv[0].dtype)
-        return jax.grad(lambda x: jnp.sum(jnp.sin(attend(*x, None).astype(jnp.float32))))(qkv)[1:]
+
+        def total(qkv):
+            return jnp.sum(jnp.sin(attend(*qkv, None).astype(jnp.float32)))
+
+        return [np.asarray(x, np.float32) for x in jax.jit(jax.grad(total))(qkv)[1:]]
+
+    exact = gradients(wide, LENGTH)
 
     def error(fewest):
-        pairs = zip(gradients(narrow, fewest), gradients(wide, LENGTH), strict=True)
-        return [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
+        pairs = zip(gradients(narrow, fewest), exact, strict=True)
+        return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
 
     for four, one in zip(error(8), error(LENGTH), strict=True):
         assert four <= 1.02 * one
@@ -141,6 +157,7 @@ def test_splash_attends_as_all_scores_do():
     check("splash", SEGMENTS["packed"][1:], tolerance=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_splash_with_a_template_and_padding():
     right_padded = (np.arange(LENGTH) < np.array([[31]])).astype(np.int32)
@@ -175,7 +192,9 @@ def cache_of_two_layers(lanes, slots, kv_heads, before, dtype="float32"):
 cached = jax.jit(attention.cached, static_argnums=4)
 
 
-@pytest.mark.parametrize(("kv_heads", "before"), [(2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("kv_heads", "before"), [pytest.param(2, False, marks=pytest.mark.slow), (1, True)]
+)
 @pytest.mark.usefixtures("interpreted")
 def test_a_cache_is_attended_to_alike_by_kernel_and_xla(kv_heads, before):
     q, alone, stacked, *masks = cache_of_two_layers(4, 3, kv_heads, before)
@@ -184,7 +203,9 @@ def test_a_cache_is_attended_to_alike_by_kernel_and_xla(kv_heads, before):
     np.testing.assert_array_equal(cached(q, stacked, *masks, "dense"), expected)
 
 
-@pytest.mark.parametrize(("kv_heads", "before"), [(2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("kv_heads", "before"), [(2, False), pytest.param(1, True, marks=pytest.mark.slow)]
+)
 def test_the_kernel_for_gpus_attends_alike(kv_heads, before, monkeypatch):
     interpreted = functools.partial(
         prefix_decode_attention_gpu.prefix_decode_attention, interpret=True
@@ -195,6 +216,7 @@ def test_the_kernel_for_gpus_attends_alike(kv_heads, before, monkeypatch):
     np.testing.assert_allclose(cached(q, stacked, *masks, "triton"), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_the_kernel_rounds_as_xla_does():
     """In bfloat16 the two differ by their roundings of sums alone."""
@@ -205,6 +227,7 @@ def test_the_kernel_rounds_as_xla_does():
     np.testing.assert_allclose(got, expected, atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_cache_over_eight_devices():
     """The tests of `cached_on_eight_devices.py`, in a process that has so many."""
     here = Path(__file__).parent

@@ -1,6 +1,7 @@
 """The layers' matrix product: the plain einsum in float32, and narrow both ways in bfloat16."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -24,7 +25,7 @@ EQUATIONS = [
     "bgqts,bsgk->bgqtk",
 ]
 CONFIG = ModelConfig(
-    vocab_size=50, width=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=96
+    vocab_size=50, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=96
 )
 
 
@@ -40,13 +41,19 @@ def plain(equation, x, weight):
     return jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(product, equation, x, weight, cotangent):
+    out, pull = jax.vjp(functools.partial(product, equation), x, weight)
+    return out, pull(cotangent)
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_float32_is_einsum_and_its_gradient(equation):
     x, weight, cotangent = operands(equation)
-    got, pull = jax.vjp(lambda x, w: dot(equation, x, w), x, weight)
-    expected, plain_pull = jax.vjp(lambda x, w: plain(equation, x, w), x, weight)
+    got, gradients = with_gradients(dot, equation, x, weight, cotangent)
+    expected, plain_gradients = with_gradients(plain, equation, x, weight, cotangent)
     np.testing.assert_array_equal(got, expected)
-    for a, b in zip(pull(cotangent), plain_pull(cotangent), strict=True):
+    for a, b in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -56,8 +63,7 @@ def test_bfloat16_rounds_operands_and_nothing_else(equation):
     x, weight, cotangent = operands(equation)
     narrow = x.astype(jnp.bfloat16)
     cotangent = cotangent.astype(jnp.bfloat16).astype(jnp.float32)
-    got, pull = jax.vjp(lambda x, w: dot(equation, x, w), narrow, weight)
-    dx, dw = pull(cotangent)
+    got, (dx, dw) = with_gradients(dot, equation, narrow, weight, cotangent)
     assert (got.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     inputs, out = equation.split("->")
     a, b = inputs.split(",")
@@ -96,6 +102,10 @@ def test_no_product_of_the_backward_pass_is_wide(equation):
     assert list(products(traced.jaxpr)) == [("bfloat16", "bfloat16", "float32")] * 3
 
 
+init = jax.jit(transformer.init, static_argnums=0)
+
+
+@functools.cache
 def model_loss(config):
     tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, config.vocab_size)
     return jax.jit(
@@ -107,8 +117,9 @@ def flat(tree):
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_point_where_float32s_do():
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params = init(CONFIG, jax.random.key(0))
     narrow = dataclasses.replace(CONFIG, dtype="bfloat16")
     (loss, wide), (narrow_loss, got) = model_loss(CONFIG)(params), model_loss(narrow)(params)
     assert abs(float(loss - narrow_loss)) < 0.01
@@ -120,7 +131,7 @@ def test_bfloat16_gradients_point_where_float32s_do():
 
 def test_bfloat16_gradients_are_finite_differences():
     """Along the gradient, far enough for the difference to stand out of the rounding."""
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params = init(CONFIG, jax.random.key(0))
     value_and_grad = model_loss(dataclasses.replace(CONFIG, dtype="bfloat16"))
     _, gradient = value_and_grad(params)
     length = np.linalg.norm(flat(gradient))

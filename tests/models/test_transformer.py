@@ -20,21 +20,33 @@ PLAIN = ModelConfig(
     head_dim=8,
     mlp_width=24,
 )
+# Between them, every option on and off.
 VARIANTS = {
-    "llama": PLAIN,
-    "qwen2": dataclasses.replace(PLAIN, qkv_bias=True),
-    "qwen3": dataclasses.replace(PLAIN, qk_norm=True, tied_embeddings=False),
+    "grouped": dataclasses.replace(PLAIN, qkv_bias=True, qk_norm=True, tied_embeddings=False),
     "multi_query": dataclasses.replace(PLAIN, num_kv_heads=1, remat=False),
 }
+
+unstack = jax.jit(transformer.unstack, static_argnums=1)
+prefill = jax.jit(transformer.prefill, static_argnums=1)
+insert = jax.jit(cache.insert)
 
 
 @pytest.fixture(params=VARIANTS)
 def model(request):
     config = VARIANTS[request.param]
-    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    return random_params(config), config
+
+
+def random_params(config):
+    """By NumPy, since compiling `init` takes seconds; norms and biases are random too, so that
+    leaving them out would show."""
     rng = np.random.default_rng(1)
-    # Biases start at 0 and norms at 1, where leaving them out would not show.
-    return jax.tree.map(lambda x: x + np.float32(rng.normal(size=x.shape) / 10), params), config
+
+    def draw(path, x):
+        norm = "norm" in jax.tree_util.keystr(path)
+        return jnp.asarray(norm + rng.normal(size=x.shape) / (10 if norm else 4), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, transformer.shapes(config))
 
 
 def random_tokens(shape, seed=0):
@@ -105,7 +117,7 @@ def test_unstacked_layout_gives_the_same_numbers(model):
     params, config = model
     tokens = random_tokens((2, 6))
     np.testing.assert_allclose(
-        full_logits(transformer.unstack(params, config), config, tokens),
+        full_logits(unstack(params, config), config, tokens),
         full_logits(params, config, tokens),
         atol=1e-5,
     )
@@ -115,7 +127,7 @@ def test_left_and_right_padding_change_nothing(model):
     params, config = model
     tokens = random_tokens((1, 5))
     alone = full_logits(params, config, tokens)
-    for left, right in ((3, 0), (0, 3), (2, 4)):
+    for left, right in ((3, 0), (0, 3), (2, 1)):
         width = ((0, 0), (left, right))
         padded = jnp.pad(tokens, width, constant_values=7)
         segments = jnp.pad(jnp.ones_like(tokens), width)
@@ -126,15 +138,27 @@ def test_left_and_right_padding_change_nothing(model):
 
 def test_packed_segments_equal_separate_sequences(model):
     params, config = model
-    first, second = random_tokens((1, 4), 1), random_tokens((1, 6), 2)
-    packed = jnp.concatenate([first, second], axis=1)
-    segments = jnp.asarray([[1] * 4 + [2] * 6])
+    first, second = random_tokens((1, 5), 1), random_tokens((1, 5), 2)
+    packed = jnp.concatenate([first, second[:, :3]], axis=1)
+    segments = jnp.asarray([[1] * 5 + [2] * 3])
     got = full_logits(params, config, packed, None, segments)
-    np.testing.assert_allclose(got[:, :4], full_logits(params, config, first), atol=2e-5)
-    np.testing.assert_allclose(got[:, 4:], full_logits(params, config, second), atol=2e-5)
+    np.testing.assert_allclose(got[:, :5], full_logits(params, config, first), atol=2e-5)
+    alone = full_logits(params, config, second)[:, :3]
+    np.testing.assert_allclose(got[:, 5:], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["stacked", "in_place", "unstacked"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("grouped", "stacked"),
+        ("grouped", "in_place"),
+        ("multi_query", "unstacked"),
+        pytest.param("multi_query", "stacked", marks=pytest.mark.slow),
+        pytest.param("multi_query", "in_place", marks=pytest.mark.slow),
+        pytest.param("grouped", "unstacked", marks=pytest.mark.slow),
+    ],
+    indirect=["model"],
+)
 def test_cached_decoding_equals_full_forward(model, layout, monkeypatch):
     """In place is for TPU: a scan that carries the cache of all layers."""
     params, config = model
@@ -143,13 +167,11 @@ def test_cached_decoding_equals_full_forward(model, layout, monkeypatch):
     lengths, total = np.array([3, 5, 1]), 9
     tokens = random_tokens((3, total))
     expected = full_logits(params, config, tokens)
-    params = params if stacked else jax.jit(transformer.unstack, static_argnums=1)(params, config)
-    decode_step = jax.jit(transformer.decode_step, static_argnums=1)
+    params = params if stacked else unstack(params, config)
+    decode_step = jax.jit(partial(transformer.decode_step), static_argnums=1)  # of this layout
     kv = cache.empty(config, lanes=3, width=1, prompt_length=5, columns=4, stacked=stacked)
-    prompts = jax.jit(transformer.prefill, static_argnums=1)(
-        params, config, tokens[:, :5], jnp.asarray(lengths)
-    )
-    kv = cache.insert(kv, prompts, jnp.arange(3))
+    prompts = prefill(params, config, tokens[:, :5], jnp.asarray(lengths))
+    kv = insert(kv, prompts, jnp.arange(3))
     for i in range(4):
         at = lengths + i
         fed = tokens[jnp.arange(3), at][:, None]
@@ -162,9 +184,9 @@ def test_cached_decoding_equals_full_forward(model, layout, monkeypatch):
 
 def test_inserting_drops_lanes_out_of_range_and_keeps_the_others():
     kv = cache.empty(PLAIN, lanes=3, width=1, prompt_length=2, columns=2, stacked=False)
-    params = transformer.unstack(transformer.init(PLAIN, jax.random.key(0)), PLAIN)
-    new = transformer.prefill(params, PLAIN, random_tokens((2, 2)), jnp.asarray([2, 1]))
-    kv = cache.insert(kv, new, jnp.asarray([3, 1]))
+    params = unstack(random_params(PLAIN), PLAIN)
+    new = prefill(params, PLAIN, random_tokens((2, 2)), jnp.asarray([2, 1]))
+    kv = insert(kv, new, jnp.asarray([3, 1]))
     np.testing.assert_array_equal(kv.prompt.lengths, [0, 1, 0])
     np.testing.assert_array_equal(kv.prompt.keys[0][1], new.keys[0][1])
     assert not np.any(kv.prompt.keys[0][jnp.asarray([0, 2])])
@@ -185,7 +207,16 @@ def test_bfloat16_accumulates_in_float32(model):
     )
 
 
-def test_remat_changes_no_gradient(model):
+@pytest.mark.parametrize(
+    ("model", "stored"),
+    [
+        ("grouped", ((),)),  # what is stored counts products in test_performance_guards.py
+        pytest.param("grouped", (("qkv_proj", "out_proj"),), marks=pytest.mark.slow),
+        pytest.param("multi_query", ((), PROJECTIONS), marks=pytest.mark.slow),
+    ],
+    indirect=["model"],
+)
+def test_remat_changes_no_gradient(model, stored):
     params, config = model
     tokens = random_tokens((2, 6))
 
@@ -194,8 +225,8 @@ def test_remat_changes_no_gradient(model):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     without = grad(params, dataclasses.replace(config, remat=False))
-    for stored in ((), ("qkv_proj", "out_proj"), PROJECTIONS):
-        again = grad(params, dataclasses.replace(config, remat=True, remat_save=stored))
+    for names in stored:
+        again = grad(params, dataclasses.replace(config, remat=True, remat_save=names))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, without)
 
 
@@ -220,18 +251,28 @@ def test_config_refuses_impossible_heads():
         dataclasses.replace(PLAIN, dtype="float16")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        ("float32", 1),
+        ("bfloat16", 2),
+        pytest.param("float32", 2, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype, width):
     """In a loop, as in decoding: each of these would be a pass over the whole cache per token."""
-    config = dataclasses.replace(PLAIN, dtype=dtype)
-    params = transformer.unstack(transformer.init(config, jax.random.key(0)), config)
-    kv = cache.empty(config, lanes=4, width=width, prompt_length=32, columns=96, stacked=False)
+    config = dataclasses.replace(PLAIN, dtype=dtype, num_layers=1)
+    empty = partial(cache.empty, lanes=4, width=width, prompt_length=32, columns=96, stacked=False)
+    params, kv = jax.eval_shape(
+        lambda: (transformer.unstack(random_params(config), config), empty(config))
+    )
     slots = (4, width)
-    mask = jnp.ones((*slots, 96), bool)
 
-    @partial(jax.jit, donate_argnums=0)
-    def steps(kv, tokens):
+    @partial(jax.jit, donate_argnums=1)
+    def steps(params, kv, tokens):
+        mask = jnp.ones((*slots, 96), bool)
+
         def body(i, carry):
             kv, tokens = carry
             scores, kv = transformer.decode_step(params, config, kv, tokens, tokens, mask, i)
@@ -239,7 +280,8 @@ def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype,
 
         return jax.lax.fori_loop(0, 8, body, (kv, tokens))
 
-    text = steps.lower(kv, jnp.zeros(slots, jnp.int32)).compile().as_text()
+    tokens = jax.ShapeDtypeStruct(slots, jnp.int32)
+    text = steps.lower(params, kv, tokens).compile().as_text()
     assert "dynamic-update-slice" in text
     shapes = (f"[{4 * width},2,8,96]", f"[{4 * width},2,96,8]", f"[4,{width},2,96,8]")
     whole = [line for line in text.splitlines() if any(s in line.split("(")[0] for s in shapes)]
@@ -251,7 +293,7 @@ def test_a_step_on_cpu_neither_copies_nor_transposes_the_cache(optimised, dtype,
 def test_one_bfloat16_row_alone_equals_itself_among_others():
     """It goes through another program on CPU: see `layers.by_rows`."""
     config = dataclasses.replace(PLAIN, dtype="bfloat16")
-    params = transformer.unstack(transformer.init(config, jax.random.key(0)), config)
+    params = unstack(random_params(PLAIN), config)
     tokens = random_tokens((3, 1))
     alone = full_logits(params, config, tokens[:1])
     assert alone.shape == (1, 1, 50)

@@ -1,4 +1,4 @@
-"""Meshes need devices: the tests proper run in a process that has eight."""
+"""Meshes need devices: the tests proper run in one process that has eight."""
 
 import os
 import subprocess
@@ -11,16 +11,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("file", "which"),
-    [
-        ("on_eight_devices.py", "not slow"),
-        ("equal_on_eight_devices.py", "not slow"),
-        pytest.param("equal_on_eight_devices.py", "slow", marks=pytest.mark.slow(minutes=5)),
-    ],
+    "which", ["not slow", pytest.param("slow", marks=pytest.mark.slow(minutes=4))]
 )
-def test_on_eight_devices(file, which):
+def test_on_eight_devices(which):
+    files = [HERE / name for name in ("on_eight_devices.py", "equal_on_eight_devices.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, HERE / file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, *files],
         cwd=HERE.parents[1],
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,

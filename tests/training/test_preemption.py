@@ -41,7 +41,12 @@ def test_what_a_process_does_that_is_told_to_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "step"), [("both_hold", 1), ("first_is_in_its_update", 2), ("in_the_last_step", 2)]
+    ("case", "step"),
+    [
+        ("first_is_in_its_update", 2),
+        pytest.param("both_hold", 1, marks=pytest.mark.slow),
+        pytest.param("in_the_last_step", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_all_of_several_processes_save_where_one_is_told_to_end(tmp_path, case, step):
     said = several.run_script(
