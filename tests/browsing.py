@@ -29,6 +29,10 @@ def cpu_seconds(page):
     return next(metric["value"] for metric in found if metric["name"] == "TaskDuration")
 
 
+def wait_for_rollouts(page):
+    page.wait_for_selector("#rollouts:not([data-loading]) .card")
+
+
 @contextlib.contextmanager
 def _open(running, path, *, tab="", scheme="light", width=1400, height=1000):
     address, said = path.resolve().as_uri(), []
@@ -49,7 +53,7 @@ def _open(running, path, *, tab="", scheme="light", width=1400, height=1000):
     page.goto(address + (f"#{tab}" if tab else ""))
     page.wait_for_selector("html[data-ready]")
     if tab == "rollouts":
-        page.wait_for_selector("#rollouts:not([data-loading]) .card")
+        wait_for_rollouts(page)
     yield page
     context.close()
     assert said == []

@@ -3,9 +3,12 @@
 import json
 from itertools import product
 
+import pytest
+
 from benchmarks import grading
 
 
+@pytest.mark.slow
 def test_it_prints_every_kind_and_every_hostile_answer(capsys):
     grading.main(["--small", "--workers", "2"])
     machine, *rows = map(json.loads, capsys.readouterr().out.splitlines())

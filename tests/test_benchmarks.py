@@ -1,5 +1,6 @@
 """The benchmark command runs and leaves both files; what it measures is not judged here."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import jobs, roofline, sizes, targets
+from benchmarks import jobs, peers, roofline, run, sizes, targets
 from benchmarks.measure import Contender, Timing, compare, markdown
 from benchmarks.peers import FOLDER, PEERS, Missing, Programs, Worker
 
@@ -51,6 +52,7 @@ def check(folder, printed, names, repeats):
     return {name: result["timings"] for name, result in record["results"].items()}
 
 
+@pytest.mark.slow
 def test_ours_alone(tmp_path):
     """Peers that are left out are missing, and their targets neither reached nor missed."""
     asked = ["settings", "head", "decode_attention"]
@@ -78,6 +80,68 @@ def test_ours_alone(tmp_path):
     assert done.stdout.endswith(targets.table(targets.read(tmp_path / "benchmarks.json")))
 
 
+def answering(name, threads=None):
+    """A worker of ours that measures nothing."""
+    if name != "ours":
+        raise Missing("left out by --peers")
+    return Worker([sys.executable, "-S", "-c", ANSWERS], dict(os.environ), Path(os.devnull))
+
+
+ANSWERS = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] in ("about", "rest"):
+        answer = {}
+    elif request["do"] == "prepare":
+        answer = {"id": 0}
+    else:
+        warm = request["do"] == "warm"
+        answer = dict(amount=8, cpu_seconds=2.0, wall_seconds=1.0, peak_bytes=2 << 20, facts={},
+                      device_peak_bytes=None, compilations=int(warm), compile_seconds=0.5,
+                      temporaries=1, tokens=None)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_a_run_leaves_what_it_prints_and_what_it_measured(tmp_path, monkeypatch, capsys):
+    """The command with a worker that computes nothing; `test_ours_alone` has the real one."""
+    monkeypatch.setattr(Programs, "start", lambda _, *asked: answering(*asked))
+    monkeypatch.setattr(run, "_weights", lambda *_: None)
+    asked = ["settings", "head", "decode_attention"]
+    only = f"--only={','.join(asked)}"
+    run.main(["--quick", "--peers=none", only, "--repeats=2", f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    results = check(tmp_path, printed, asked, 2)
+    ours, theirs = (
+        [x for y in results.values() for x in y if (x["worker"] == "ours") == own]
+        for own in (True, False)
+    )
+    assert all(x["rates"] == [4.0, 4.0] and x["speed"] == [1.0, 1.0] for x in ours)
+    assert theirs
+    assert all(x["missing"] == "left out by --peers" and not x["speed"] for x in theirs)
+    row = next(x for x in printed.splitlines() if "greedy, to Tunix" in x)
+    assert "| not measured |" in row
+    assert printed.endswith(targets.table(targets.read(tmp_path / "benchmarks.json")))
+
+
+def test_a_peer_that_pip_refuses_is_missing_with_pips_last_error(tmp_path, monkeypatch):
+    """`test_what_cannot_be_installed_is_missing_with_the_reason` asks the real pip."""
+
+    def create(folder, **_):
+        python = folder / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text("#!/bin/sh\necho ERROR: first\necho ERROR: No such thing\nexit 1\n")
+        python.chmod(0o755)
+
+    monkeypatch.setattr(peers.venv, "create", create)
+    programs = Programs("cpu", ("tunix",), tmp_path / "peers", tmp_path)
+    with pytest.raises(Missing, match=r"could not be installed: ERROR: No such thing \(see"):
+        programs.start("tunix")
+    assert not list(tmp_path.rglob(".installed"))
+
+
+@pytest.mark.slow
 def test_what_cannot_be_installed_is_missing_with_the_reason(tmp_path):
     done = bench(
         "--peers=tunix",
@@ -105,10 +169,11 @@ def test_what_cannot_be_installed_is_missing_with_the_reason(tmp_path):
         ("--repeats=0", "--repeats: 0; it must be at least 1"),
     ],
 )
-def test_bad_options_are_refused(tmp_path, argument, message):
-    done = bench(argument, f"--out={tmp_path}")
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_options_are_refused(tmp_path, capsys, argument, message):
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--quick", argument, f"--out={tmp_path}"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 WORKER = """
@@ -252,11 +317,31 @@ def test_ours_share_the_one_process_that_a_tpu_serves(name):
     assert places <= {("ours", "", None)}
 
 
-@pytest.mark.slow(minutes=6)
-def test_every_benchmark_runs(tmp_path):
-    done = bench("--repeats=1", "--peers=none", f"--out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    check(tmp_path, done.stdout, list(jobs.BENCHMARKS), 1)
+@pytest.fixture
+def lasting_workers(monkeypatch):
+    """One process serves all benchmarks: it starts once, and once compiles what several share."""
+    start, workers = Programs.start, {}
+
+    def shared(programs, name, threads=None):
+        if (name, threads) not in workers:
+            workers[name, threads] = start(programs, name, threads)
+        return workers[name, threads]
+
+    close = Worker.close
+    monkeypatch.setattr(Programs, "start", shared)
+    monkeypatch.setattr(Worker, "close", lambda worker: None)
+    yield
+    for worker in workers.values():
+        close(worker)
+
+
+@pytest.mark.slow(minutes=2)
+def test_every_benchmark_runs(tmp_path, monkeypatch, lasting_workers, capsys):
+    """Of a model of one layer."""
+    one_layer = dataclasses.replace(sizes.QUICK.model, num_layers=1)
+    monkeypatch.setattr(sizes, "QUICK", dataclasses.replace(sizes.QUICK, model=one_layer))
+    run.main(["--quick", "--repeats=1", "--peers=none", f"--out={tmp_path}"])
+    check(tmp_path, capsys.readouterr().out, list(jobs.BENCHMARKS), 1)
 
 
 @pytest.mark.slow

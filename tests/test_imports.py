@@ -84,26 +84,29 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 # Under this platform whatever starts a backend raises. That is public, unlike jax's own record.
 NO_BACKEND = {"JAX_PLATFORMS": "no_such_platform"}
 
+# Prints which names failed and how, the backend, and what was loaded after each list of names.
 IMPORT_ALL = """
 import importlib, json, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
-names, blocked = map(json.loads, sys.argv[1:])
+*lists, blocked = map(json.loads, sys.argv[1:])
 sys.meta_path.insert(0, Refuse())
-failed = {}
-for name in names:
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        failed[name] = repr(error)
+failed, loaded = {}, []
+for names in lists:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            failed[name] = repr(error)
+    loaded.append(sorted(sys.modules))
 import jax
 try:
     backend = jax.default_backend()
 except RuntimeError as error:
     backend = "none" if "no_such_platform" in str(error) else repr(error)
-print(json.dumps([failed, backend, sorted(sys.modules)]))
+print(json.dumps([failed, backend, *loaded]))
 """
 
 SLOW_TO_IMPORT = (
@@ -116,20 +119,16 @@ SLOW_TO_IMPORT = (
 )
 
 
-def test_every_module_imports_and_starts_no_backend():
-    failed, backend, loaded = ask(IMPORT_ALL, modules(), [], **NO_BACKEND)
+def test_every_module_imports_and_starts_no_backend_and_library_modules_nothing_slow():
+    """Experiments are commands and may."""
+    commands = [name for name in modules() if name.startswith("spark_jax.experiments")]
+    library = sorted(set(modules()) - set(commands))
+    failed, backend, first, loaded = ask(IMPORT_ALL, library, commands, [], **NO_BACKEND)
     assert failed == {}
     assert backend == "none"
+    assert not set(SLOW_TO_IMPORT) & set(first)
     assert set(modules()) <= set(loaded)
     assert not {"torch", "tensorflow"} & set(loaded)
-
-
-def test_library_modules_import_nothing_slow():
-    """Experiments are commands and may."""
-    library = [name for name in modules() if not name.startswith("spark_jax.experiments")]
-    failed, _, loaded = ask(IMPORT_ALL, library, [], **NO_BACKEND)
-    assert failed == {}
-    assert not set(SLOW_TO_IMPORT) & set(loaded)
 
 
 def test_array_core_needs_only_jax_flax_optax_numpy_and_jaxtyping():
@@ -148,13 +147,14 @@ def test_array_core_needs_only_jax_flax_optax_numpy_and_jaxtyping():
     assert outside <= {"spark_jax.rewards"}
 
 
-@pytest.mark.parametrize("name", ["transformers", "grain"])
-def test_a_blocked_module_is_refused(name):
+def test_a_blocked_module_is_refused():
     """The test above can fail."""
-    failed, _, _ = ask(IMPORT_ALL, [name], [name], **NO_BACKEND)
-    assert "is blocked" in failed[name]
+    names = ["transformers", "grain"]
+    failed, _, _ = ask(IMPORT_ALL, names, names, **NO_BACKEND)
+    assert all("is blocked" in failed[name] for name in names)
 
 
+@pytest.mark.slow  # `make test` too has the folder on its path and imports transformers
 def test_transformers_imports_beside_our_kernels_folder():
     """transformers looks for a package named `kernels`; `python -c` puts the folder on the path."""
     code = """

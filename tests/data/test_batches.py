@@ -9,7 +9,7 @@ from spark_jax.data.batches import batch_order
 SIZES = st.tuples(st.integers(1, 25), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(SIZES)
 def test_every_example_once_per_epoch_over_all_processes(sizes):
     num, per_process, processes, seed = sizes
@@ -24,7 +24,7 @@ def test_every_example_once_per_epoch_over_all_processes(sizes):
         assert sorted(stream[epoch * num : (epoch + 1) * num]) == list(range(num))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(SIZES)
 def test_the_batches_do_not_depend_on_the_number_of_processes(sizes):
     num, per_process, processes, seed = sizes

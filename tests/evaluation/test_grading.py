@@ -1,5 +1,6 @@
 """Mathematical equality as math-verify has it, and that no text can raise, hang or eat memory."""
 
+import functools
 import itertools
 import json
 import logging
@@ -116,10 +117,21 @@ HOSTILE = {
 }
 
 
-def test_hostile_answers_are_wrong_cost_a_worker_at_most_and_end(caplog):
+# They take a worker's time as others above do, and a new worker takes a second.
+ALIKE = {"factorial", "decimal exponent", "binomial", "expansion", "brackets"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([name for name in HOSTILE if name not in ALIKE], id="a few"),
+        pytest.param(list(HOSTILE), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_hostile_answers_are_wrong_cost_a_worker_at_most_and_end(names, caplog):
     started = time.monotonic()
     with Grader(2, time_limit=0.5) as grader, caplog.at_level(logging.WARNING):
-        pairs = [(text, "7.25") for text in HOSTILE.values()]
+        pairs = [(HOSTILE[name], "7.25") for name in names]
         assert grader.same_answers(pairs) == [False] * len(pairs)
         counts = grader.counts()
         # As many workers as were lost and two: no text costs more than one.
@@ -287,8 +299,10 @@ MATH_STYLE = [
 ]
 
 
-def test_grades_as_math_verify_does_in_process():
-    pairs = [(a, b) for i, a in enumerate(MATH_STYLE) for b in MATH_STYLE[i + 1 : i + 4]]
+@pytest.mark.parametrize("neighbours", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_grades_as_math_verify_does_in_process(neighbours):
+    near = slice(1, 1 + neighbours)
+    pairs = [(a, b) for i, a in enumerate(MATH_STYLE) for b in MATH_STYLE[i:][near]]
     expected = [math_verify_directly(a, b) for a, b in pairs]
     assert same_answers(pairs) == expected
     assert 20 < sum(expected) < len(pairs) - 20
@@ -298,7 +312,7 @@ def math_verify_directly(a, b):
     """As in the library's own documentation; the names of its limits are its own."""
     import math_verify
 
-    first, second = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (a, b))
+    first, second = map(read_directly, (a, b))
     if not first or not second:
         return False
     return math_verify.verify(first, second, timeout_seconds=None) or math_verify.verify(
@@ -306,15 +320,24 @@ def math_verify_directly(a, b):
     )
 
 
+@functools.cache
+def read_directly(text):
+    import math_verify
+
+    return math_verify.parse(f"${text}$", parsing_timeout=None)
+
+
 @pytest.mark.skipif(
     "SPARK_JAX_DATA" not in os.environ,
     reason="needs MATH-500: set SPARK_JAX_DATA to the folder of math500/test.jsonl",
 )
-def test_the_references_of_math_500():
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_references_of_math_500(every):
     """Each equals itself written otherwise, and its neighbour where math-verify says so."""
     file = Path(os.environ["SPARK_JAX_DATA"]) / "math500" / "test.jsonl"
     answers = [json.loads(line)["answer"] for line in file.read_text("utf-8").splitlines()]
     assert len(answers) == 500
+    answers = answers[::every]
     for change in (
         lambda text: f"  {text} ",
         lambda text: f"\\boxed{{{text}}}",

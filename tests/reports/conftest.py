@@ -1,7 +1,10 @@
-"""Run folders as the experiments leave them, with made-up scores."""
+"""Run folders as the experiments leave them, with made-up scores, and what is drawn of them."""
+
+import copy
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from spark_jax.reports import study
 from spark_jax.training.metrics import MetricsWriter
@@ -24,9 +27,35 @@ FOLDERS = study.Folders(
 
 
 @pytest.fixture
-def pipeline(tmp_path):
+def drawn(monkeypatch):
+    """File name → the figure that would have been saved there, not rendered: that is slow."""
+    figures = {}
+
+    def remember(figure, path, **options):
+        figures[path.stem] = figure
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """What `pipeline` has made of arguments without functions."""
+    return {}
+
+
+@pytest.fixture
+def pipeline(tmp_path, collected):
     """Writes the runs and collects them. `changes`: summary or metrics row of a run → other."""
     made = []
+
+    def once(*args, **changes):
+        if any(map(callable, changes.values())):
+            return make(*args, **changes)
+        asked = repr((args, changes))
+        if asked not in collected:
+            collected[asked] = make(*args, **changes)
+        return copy.deepcopy(collected[asked])
 
     def make(
         methods=("single", "step_consistency"),
@@ -56,7 +85,7 @@ def pipeline(tmp_path):
             path, seeds=seeds, methods=("base", *methods), arms=list(arms), folders=FOLDERS
         )
 
-    return make
+    return once
 
 
 def stage1_summary(methods, counts, seed):
