@@ -6,8 +6,11 @@ import json
 from spark_jax.data.arithmetic_chains import world
 from spark_jax.verification.aggregate import AGGREGATIONS
 
-# The demo a thousand times smaller.
+# The demo a thousand times smaller. Prompts are padded to one length, and stages ask for as many
+# samples at a time as others do: each size is another program to compile, and that is what a tiny
+# run's time goes into.
 TINY = {
+    "decode.max_prompt_length": 96,
     "generate.num_problems": 4,
     "generate.samples_per_problem": 2,
     "generate.chunk_size": 2,
@@ -15,15 +18,15 @@ TINY = {
     "verify.samples_per_solution": 3,
     "verify.report_sample_counts": (1, 3),
     "verify.chunk_size": 2,
-    "prm.steps": 2,
+    "prm.steps": 4,
     "prm.batch_size": 4,
-    "rl.steps": 2,
+    "rl.steps": 3,
     "rl.num_problems": 8,
     "rl.prompts_per_step": 2,
     "rl.group_size": 4,
-    "evaluate.num_problems": 4,
-    "evaluate.samples_per_problem": 2,
-    "evaluate.num_solutions": 4,
+    "evaluate.num_problems": 2,
+    "evaluate.samples_per_problem": 4,
+    "evaluate.num_solutions": 8,
     "pipeline.seeds": (0, 1),
 }
 

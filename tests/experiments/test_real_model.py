@@ -142,20 +142,29 @@ def reward_model(config, stage1, tmp_path_factory):
     return path
 
 
-def test_fine_tuning_resumes_bit_for_bit_and_learns_from_rendered_prompts(config, tmp_path):
-    changes = {"sft.save_every": 2, "sft.steps": 6, "sft.optimizer.learning_rate": 3e-3}
-    config = configuration.changed(config, changes)
-    whole = sft.run(config, tmp_path / "whole")
-    with pytest.raises(Stop):
-        sft.run(config, tmp_path / "cut", stop_at(3))
-    assert sft.run(config, tmp_path / "cut") == whole
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert metric_rows(tmp_path / "cut") == metric_rows(tmp_path / "whole")
-    losses = [row["train/loss"] for row in metric_rows(tmp_path / "whole")]
+def fine_tuning(config):
+    return configuration.changed(config, {"sft.save_every": 2, "sft.optimizer.learning_rate": 3e-3})
+
+
+def test_fine_tuning_learns_from_rendered_prompts(config, tmp_path):
+    sft.run(fine_tuning(config), tmp_path)
+    losses = [row["train/loss"] for row in metric_rows(tmp_path)]
     assert losses[-1] < losses[0]
     prompt, target = sft.task_examples(config, byte_tokenizer())[0]
     assert prompt.startswith("<|system|>You are careful.<|end|><|user|>Solve the problem")
     assert target.startswith("<think>\n<step>")
+
+
+@pytest.mark.slow
+def test_fine_tuning_resumes_bit_for_bit(config, tmp_path):
+    """As `test_stages.py` has it of a reward model, by the same loop."""
+    config = fine_tuning(config)
+    whole = sft.run(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        sft.run(config, tmp_path / "cut", stop_at(4))  # after a save at 2, before one at 4
+    assert sft.run(config, tmp_path / "cut") == whole
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert metric_rows(tmp_path / "cut") == metric_rows(tmp_path / "whole")
 
 
 def test_examples_may_come_from_a_file(config, tmp_path):
@@ -196,7 +205,7 @@ def test_a_reward_model_is_tried_on_processbench(config, reward_model, tmp_path)
     assert (scores["erroneous"], scores["correct"]) == (2, 1)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "spro"])
+@pytest.mark.parametrize("advantage", ["grpo", pytest.param("spro", marks=pytest.mark.slow)])
 def test_rl_with_it_gives_a_policy_that_transformers_speaks_for(
     config, base, reward_model, tmp_path, advantage
 ):
@@ -257,10 +266,7 @@ def test_a_task_without_references_goes_through_all_stages(config, base, tmp_pat
         "task_options.eval_fraction": 0.4,
         "task_options.references": False,
     }
-    blind = configuration.changed(config, {**changes, "generate.num_problems": 2})
-    blind = configuration.changed(
-        blind, {"evaluate.num_problems": 1, "evaluate.num_solutions": 1, "rl.num_problems": 2}
-    )
+    blind = configuration.changed(config, changes)
     with monkeypatch.context() as patch:
         patch.setattr(generate_verifications, "text_sampler", answers_by_rule)
         stage1 = generate_verifications.run(blind, tmp_path / "stage1")

@@ -30,8 +30,6 @@ def spro(tiny, reward_models, tmp_path_factory):
         "rl.advantage": "spro",
         "rl.advantage_options.beta": 0.5,
         "rl.reward_model": reward_models["prm_cot"],
-        "rl.optimizer.learning_rate": 3e-3,
-        "rl.steps": 3,
         "rl.record.every": 1,
     }
     summary = train_rl.run(configuration.changed(tiny, changes), path)
@@ -121,7 +119,7 @@ def test_monitor_and_soft_scores_are_metrics(spro):
 
 
 def test_a_run_without_reward_model_or_reference_shows_what_it_has(tiny, tmp_path):
-    changes = {"rl.reward": "rule_based", "rl.record.problems": 1, "rl.steps": 3}
+    changes = {"rl.reward": "rule_based", "rl.record.problems": 1}
     config = configuration.changed(tiny, changes | {"rl.evaluate_every": 5})
     train_rl.run(config, tmp_path)
     assert list(rollouts.recorded_steps(tmp_path)) == [1, 3]
@@ -151,25 +149,25 @@ def test_doubt_is_of_yes_alone():
 
 
 def test_alarms_are_logged_and_in_the_summary(tiny, tmp_path, caplog, monkeypatch):
-    """Alarmed at steps 2 and 4 by a pattern that is made up, and said once."""
-    monkeypatch.setitem(monitor.PATTERNS, "step_inflation", lambda rows, _: len(rows) % 2 + 0.25)
-    changes = {"rl.reward": "random", "rl.steps": 4, "rl.monitor.step_inflation": 0.5}
+    """Alarmed at steps 1 and 3 by a pattern that is made up, and said once."""
+    monkeypatch.setitem(monitor.PATTERNS, "step_inflation", lambda rows, _: 1.25 - len(rows) % 2)
+    changes = {"rl.reward": "random", "rl.monitor.step_inflation": 0.5}
     with caplog.at_level(logging.WARNING):
         summary = train_rl.run(configuration.changed(tiny, changes), tmp_path)
     (found,) = [alarm for alarm in summary["alarms"] if alarm["pattern"] == "step_inflation"]
-    assert (found["first_step"], found["last_step"], found["num_steps"]) == (2, 4, 2)
+    assert (found["first_step"], found["last_step"], found["num_steps"]) == (1, 3, 2)
     assert found["peak"] == 1.25
     said = [record.message for record in caplog.records if "step inflation" in record.message]
-    assert [message.partition(": ")[2][:26] for message in said] == ["step inflation at step 2: "]
+    assert [message.partition(": ")[2][:26] for message in said] == ["step inflation at step 1: "]
 
 
 def test_groups_that_are_filtered_out_are_shown_as_not_trained_on(tiny, tmp_path):
     """And have no advantage, while their process rewards are still there to be seen."""
-    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 2}
-    changes |= {"rl.filter_low": 0.0, "rl.filter_high": 1.0, "rl.optimizer.learning_rate": 1e-2}
+    changes = {"rl.reward": "rule_based", "rl.advantage": "spro"}
+    changes |= {"rl.filter_low": 0.0, "rl.filter_high": 1.0}
     train_rl.run(configuration.changed(tiny, changes | {"rl.record.every": 1}), tmp_path)
     seen = set()
-    for number in (1, 2):
+    for number in (1, 2, 3):
         record = step(tmp_path, number)
         for group in record.groups:
             equal = len({response.reward for response in group.responses}) == 1
@@ -181,14 +179,14 @@ def test_groups_that_are_filtered_out_are_shown_as_not_trained_on(tiny, tmp_path
 
 
 def test_a_resumed_run_has_the_same_records_and_monitor(tiny, tmp_path):
-    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.steps": 4, "rl.save_every": 2}
+    changes = {"rl.reward": "rule_based", "rl.advantage": "spro", "rl.save_every": 2}
     config = configuration.changed(tiny, changes | {"rl.record.every": 1})
     train_rl.run(config, tmp_path / "whole")
     with pytest.raises(Stop):
         train_rl.run(config, tmp_path / "broken", stop_at(3))
     train_rl.run(config, tmp_path / "broken")
     assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "whole")
-    for number in (1, 2, 3, 4):
+    for number in (1, 2, 3):
         one, other = (step(tmp_path / name, number) for name in ("whole", "broken"))
         assert one.groups == other.groups
         for name, array in one.values.items():

@@ -22,8 +22,8 @@ FILES = ("solutions.jsonl", "verified.jsonl", "summary.json", "config.json")
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    changes = {"generate.num_problems": 7, "verify.methods": ("single", "step_consistency")}
-    return configuration.changed(tiny, changes | {"verify.chunk_size": 1})
+    changes = {"generate.num_problems": 8, "verify.methods": ("single", "step_consistency")}
+    return configuration.changed(tiny, changes)
 
 
 def part(config, index, count):
@@ -56,7 +56,7 @@ def test_merged_parts_are_the_whole_run(config, whole, parts, tiny):
         json.loads((parts / f"shard_{i}_of_3" / "summary.json").read_text())["num_problems"]
         for i in range(3)
     ]
-    assert sizes == [2, 2, 3]
+    assert sizes == [2, 2, 4]
     merge_verifications.run(config, parts)
     for name in FILES:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
@@ -64,8 +64,37 @@ def test_merged_parts_are_the_whole_run(config, whole, parts, tiny):
     loaded = generate_verifications.load(
         configuration.changed(tiny, {"prm.data": str(parts)}), task
     )
-    assert [len(items) for items in loaded] == [7, 14, 14]
-    assert merge_verifications.run(config, parts)["num_problems"] == 7  # again: nothing to do
+    assert [len(items) for items in loaded] == [8, 16, 16]
+    assert merge_verifications.run(config, parts)["num_problems"] == 8  # again: nothing to do
+
+
+@pytest.mark.parametrize(
+    ("chunks", "count", "sizes"),
+    [((2, 1), 3, [2, 2, 3]), ((2, 2), 4, [2, 2, 2, 1]), ((1, 3), 2, [3, 4])],
+)
+def test_parts_are_whole_chunks_of_both_passes(config, chunks, count, sizes):
+    """So that chunks, and the seeds that theirs is among, are those of the whole run."""
+    changes = {"generate.chunk_size": chunks[0], "verify.chunk_size": chunks[1]}
+    config = configuration.changed(config, changes)
+    problems = loading.load_task(config).problems(7, 0, "train")
+    parts = [
+        generate_verifications.shard_of(part(config, index, count), problems)
+        for index in range(count)
+    ]
+    assert [len(one) for one in parts] == sizes
+    assert [problem for one in parts for problem in one] == problems
+
+
+@pytest.mark.slow
+def test_parts_of_chunks_that_are_not_all_full_are_the_whole_run(config, tmp_path):
+    config = configuration.changed(config, {"generate.num_problems": 7, "verify.chunk_size": 1})
+    generate_verifications.run(config, tmp_path / "whole")
+    for index in (2, 0, 1):
+        generate_verifications.run(part(config, index, 3), tmp_path / "parts")
+    merge_verifications.run(config, tmp_path / "parts")
+    for name in FILES:
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "parts" / name).read_bytes() == whole
 
 
 def test_a_part_is_no_data_for_a_reward_model(tiny, shards, tmp_path):
@@ -124,7 +153,7 @@ def test_impossible_shards_are_refused(config, shard):
 
 
 def test_more_shards_than_blocks_are_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"7 problems are 4 blocks of 2.*at most 4 shards"):
+    with pytest.raises(ConfigError, match=r"8 problems are 4 blocks of 2.*at most 4 shards"):
         generate_verifications.run(part(config, 0, 5), tmp_path)
     assert not any(tmp_path.iterdir())  # a folder of 5 parts would stop others from being merged
 
