@@ -28,12 +28,10 @@ from spark_jax.parallel import mesh as meshes
 from spark_jax.prm.evaluate import JUDGE_KINDS
 from spark_jax.rewards import monitor
 from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
-from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE, REWARDS_THAT_NEED_REFERENCES
+from spark_jax.rewards.prm import REWARDS
 from spark_jax.training import optimizer
 from spark_jax.training.policy import Objective
 from spark_jax.verification.aggregate import AGGREGATIONS
-
-NEEDS_VERDICTS = ("selective", "global_step")
 
 
 def check_common(config: Config) -> None:
@@ -220,21 +218,21 @@ def check_evaluate(config: Config) -> None:
 
 def _check_rewards_fit(config: Config) -> None:
     """The reward, the reward model's kind and the advantage need each other."""
-    rl, kinds = config.rl, REWARDS_THAT_JUDGE.get(config.rl.reward)
-    if rl.reward in REWARDS_THAT_NEED_REFERENCES:
+    rl, reward = config.rl, REWARDS[config.rl.reward]
+    if reward.references:
         _needs_references(config, f"rl.reward={rl.reward!r}")
-    if kinds is not None and config.prm.kind not in kinds:
+    if reward.judges and config.prm.kind not in reward.judges:
         raise ConfigError(
-            f"rl.reward={rl.reward!r} needs a reward model of kind {kinds}, but prm.kind="
+            f"rl.reward={rl.reward!r} needs a reward model of kind {reward.judges}, but prm.kind="
             f"{config.prm.kind!r}"
         )
-    if rl.advantage in NEEDS_VERDICTS and (kinds is None or "prm" not in kinds):
-        judging = [name for name, kinds in REWARDS_THAT_JUDGE.items() if "prm" in kinds]
+    if "verdicts" in ADVANTAGES[rl.advantage].needs and not reward.gives_verdicts:
+        judging = [name for name, other in REWARDS.items() if other.gives_verdicts]
         raise ConfigError(
             f"rl.advantage={rl.advantage!r} needs step verdicts, which rl.reward={rl.reward!r} "
             f"does not give; choose one of {judging}"
         )
-    if kinds is not None and not rl.reward_model:
+    if reward.judges and not rl.reward_model:
         raise ConfigError(
             f"rl.reward={rl.reward!r} needs rl.reward_model, the checkpoint folder of a reward "
             "model; train_prm makes one in its run_dir/model, and pipeline makes and uses one"
@@ -250,7 +248,10 @@ def _needs_references(config: Config, what: str) -> None:
 
 
 def _check_advantage_options(name: str, options: dict[str, Any]) -> None:
-    def shapes(rewards: jax.Array) -> jax.Array:
+    """Makes the advantage of shapes: of options that do not fit, and of a function that reads what
+    it does not say it needs, a ConfigError."""
+
+    def shapes(rewards: jax.Array) -> Any:
         tokens = jnp.zeros((2, 3))
         inputs = AdvantageInputs(
             rewards=rewards,
@@ -260,13 +261,21 @@ def _check_advantage_options(name: str, options: dict[str, Any]) -> None:
             ref_logprobs=tokens,
             verdicts=jnp.zeros((2, MAX_STEPS), jnp.int8),
             step_ids=jnp.zeros((2, 3), jnp.int32),
+            num_steps=MAX_STEPS,
         )
         return ADVANTAGES[name](inputs, **options)
 
+    given = f"rl.advantage_options={options} do not fit {name!r}"
+    needs = f"(it says that it needs {sorted(ADVANTAGES[name].needs)} and is handed nothing else)"
     try:
-        jax.eval_shape(shapes, jax.ShapeDtypeStruct((2,), jnp.float32))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"rl.advantage_options={options} do not fit {name!r}: {error}") from error
+        made = jax.eval_shape(shapes, jax.ShapeDtypeStruct((2,), jnp.float32))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{given} {needs if not options else ''}: {error}") from error
+    if made.shape != (2, 3):
+        raise ConfigError(
+            f"rl.advantage={name!r} gives shape {made.shape} for 2 responses of 3 tokens; it must "
+            "give one number per token, (2, 3)"
+        )
 
 
 def _choose(field: str, value: str, choices: Any) -> None:

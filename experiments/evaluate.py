@@ -46,7 +46,7 @@ from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
 from spark_jax.evaluation.processbench import ProcessBenchSample
-from spark_jax.experiments import checks, configuration, launch, loading, programs, progress
+from spark_jax.experiments import checks, configuration, launch, loading, progress
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
@@ -58,7 +58,7 @@ from spark_jax.rewards import format as response_format
 from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
 from spark_jax.text_generation import SampledText, TextModel, longest_prompt, text_sampler
-from spark_jax.training import spread
+from spark_jax.training import programs, spread
 from spark_jax.training.run_folder import RunFolder
 
 HELD_OUT_SEED = 1_000_003  # added to the run's seed: evaluation never samples what training samples

@@ -114,6 +114,17 @@ def text_model(
     return TextModel(decoding.layout(params, config), config, tokenizer, stop_ids, name)
 
 
+def check_same_shape(field: str, name: str, model: Loaded, policy: ModelConfig) -> None:
+    """ConfigError where a model that is to be compared with the policy has another shape."""
+    for part in dataclasses.fields(ModelConfig):
+        given, needed = getattr(model.config, part.name), getattr(policy, part.name)
+        if given != needed and part.name not in HOW_COMPUTED:
+            raise ConfigError(
+                f"{field}={name!r} has {part.name}={given}, the policy {needed}; a reference "
+                "policy must be of the policy's shape"
+            )
+
+
 def load_task(config: Config) -> tasks.Task:
     """The task that the configuration names, with its options."""
     return tasks.load(config.task, tasks.TaskOptions(**config.task_options.to_dict()))

@@ -19,12 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spark_jax import decoding
-from spark_jax.advantages import AdvantageInputs
 from spark_jax.configs.model_shapes import MODEL_SHAPES
 from spark_jax.data.arithmetic_chains import base
 from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import prepare
-from spark_jax.experiments import configuration, loading, policy_update, sft
+from spark_jax.experiments import configuration, loading, rl_setup, sft
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.models import config as model_config
 from spark_jax.models import transformer
@@ -35,12 +34,11 @@ from spark_jax.parallel.sharding import (
     named_shardings,
     replicated,
 )
-from spark_jax.rewards.format import MAX_STEPS
-from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
+from spark_jax.rewards.prm import REWARDS
 from spark_jax.text_generation import longest_prompt
 from spark_jax.training import state
 from spark_jax.training.packing import pack_policy_batch
-from spark_jax.training.policy import Objective, PolicyBatch
+from spark_jax.training.policy import Objective, PolicyBatch, compiled_score
 from spark_jax.training.sft import SFTBatch
 
 
@@ -141,13 +139,13 @@ def _rl(config: Config, mesh: Mesh, reward_model: str) -> list[Program]:
     reward_model = rl.reward_model or reward_model
     judge = model_shape(config, reward_model)
     held = {
-        "train state": _state(policy, policy_update.make_optimizer(config), mesh),
+        "train state": _state(policy, rl_setup.make_optimizer(config), mesh),
         "policy to sample from": _params(policy, policy.dtype, mesh),
     }
-    if policy_update.needs_reference_policy(config):
+    if rl_setup.needs_reference(config):
         dtype = config.dtype if rl.reference_model else "float32"
         held["reference policy"] = _params(policy, dtype, mesh)
-    if rl.reward in REWARDS_THAT_JUDGE:
+    if REWARDS[rl.reward].judges:
         held["reward model"] = _params(judge, judge.dtype, mesh)
 
     def beside(argument: str) -> dict[str, int]:
@@ -238,8 +236,7 @@ def _sft(config: Config, mesh: Mesh, stage: str, name: str) -> Program:
     )
 
     def lower() -> Any:
-        settings = json.dumps(sft.optimizer_settings(section))
-        step = sft.compiled_step(model, settings, section.accumulation_steps)
+        step = sft.compiled_step(model, section)
         return step.lower(_state(model, sft.make_optimizer(section), mesh), _rows(batch, mesh))
 
     return Program(f"{stage}/sft_step", name, lower, {}, *size)
@@ -252,7 +249,7 @@ def _score(
     parts = (batch.prompt_tokens, batch.prompt_mask, batch.tokens, batch.mask)
 
     def lower() -> Any:
-        score = policy_update.compiled_score(model, policy_update.score_parts(config))
+        score = compiled_score(model, rl_setup.score_parts(config))
         return score.lower(params, *_rows(parts, mesh))
 
     return Program("rl/score", config.model, lower, beside, *_size(batch))
@@ -272,7 +269,7 @@ def _policy_step(
         rows, positions = batch.tokens.shape
 
     def lower() -> Any:
-        step = policy_update.compiled_step(model, json.dumps(policy_update.update_settings(config)))
+        step = rl_setup.compiled_step(config, model)
         return step.lower(train, _rows(batch, mesh))
 
     return Program("rl/policy_step", config.model, lower, beside, rows, positions)
@@ -290,27 +287,15 @@ def _policy_batch(config: Config, model: ModelConfig, rows: int) -> PolicyBatch:
         return np.broadcast_to(value, (rows, width))
 
     numbers, counted = filled(np.float32(0)), filled(np.bool_(True))
-    reference = numbers if policy_update.needs_reference_policy(config) else None
-    made = None
-    if policy_update.made_in_step(config):
-        inputs = AdvantageInputs(
-            rewards=np.broadcast_to(np.float32(0), (rows,)),
-            mask=counted,
-            group_size=config.rl.group_size,
-            ref_logprobs=reference,
-            verdicts=filled(np.int8(0), MAX_STEPS),
-            step_ids=filled(np.int32(0)),
-        )
-        made = (inputs, np.bool_(False))
+    reference = numbers if rl_setup.needs_reference(config) else None
     return PolicyBatch(
         prompt_tokens=filled(np.int32(0), prompt),
         prompt_mask=filled(np.bool_(True), prompt),
         tokens=filled(np.int32(0)),
         mask=counted,
         old_logprobs=numbers,
-        advantages=None if made else numbers,
+        advantages=numbers,
         ref_logprobs=reference,
-        advantage_inputs=made,
     )
 
 

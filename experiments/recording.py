@@ -3,7 +3,6 @@ token, with its log-probs, advantages, verdicts and flags, and the reward model'
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.core import FrozenDict
 
-from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+from spark_jax.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings
 from spark_jax.data import tasks
 from spark_jax.data.formats import TextFormat
-from spark_jax.data.records import Problem, Verification
-from spark_jax.experiments import configuration, evaluate, programs
+from spark_jax.data.records import Verification
+from spark_jax.experiments import evaluate, rl_setup
 from spark_jax.experiments.configuration import Config
+from spark_jax.experiments.rl_state import Graded
 from spark_jax.parallel import processes
 from spark_jax.prm.soft_score import soft_scores
 from spark_jax.reports import rollouts
@@ -25,19 +26,11 @@ from spark_jax.reports.rollouts import Group, Response, RolloutRecord
 from spark_jax.rewards import monitor
 from spark_jax.rewards.format import format_checks, valid_part
 from spark_jax.rewards.prm import Judged
-from spark_jax.rewards.process import cumulative_process_reward
 from spark_jax.rewards.records import Judgement
 from spark_jax.steps import token_offsets
 from spark_jax.text_generation import SampledText, TextModel
 
 SHOWN = ("grpo", "selective", "global_step", "masked_step")  # beside the one that is trained with
-NEEDS: dict[str, tuple[str, ...]] = {
-    "grpo": (),
-    "selective": ("verdicts",),
-    "global_step": ("verdicts",),
-    "masked_step": ("ref_logprobs", "policy_logprobs"),
-}
-OF_SPRO = ("baseline", "beta", "granularity", "process_std", "return_clip")
 
 
 def is_recorded(config: Config, step: int) -> bool:
@@ -52,58 +45,47 @@ def record(
     step: int,
     task: tasks.Task,
     tokenizer: Any,
-    problems: Sequence[Problem],
-    samples: Sequence[SampledText],
-    judged: Judged,
-    rewards: np.ndarray,
+    graded: Graded,
     inputs: AdvantageInputs,
     correct: Sequence[bool | None],
     *,
     reward_model: TextModel | None,
-    asked: TextFormat,
+    judge_format: TextFormat,
     usual_steps: float | None,
 ) -> dict[str, float]:
     """Keeps a rollout in the run folder `path`; returns metrics of the reward model's soft scores.
 
-    Arguments as in `soft_verdicts` (`asked` is how the reward model is) and `rollout_record`. All
-    processes call it, the first one writes.
+    Arguments as in `soft_verdicts` and `rollout_record`. All processes call it, the first writes.
     """
-    soft = soft_verdicts(config, reward_model, asked, problems, samples, judged)
-    made = rollout_record(
-        config, step, task, tokenizer, problems, samples, judged, soft, rewards, inputs, correct,
-        usual_steps,
-    )  # fmt: skip
+    soft = soft_verdicts(config, reward_model, judge_format, graded)
+    made = rollout_record(config, step, task, tokenizer, graded, soft, inputs, correct, usual_steps)
     if processes.is_main():
         rollouts.write(rollouts.step_file(path, step), made)
-    return soft_metrics(judged, soft)
+    return soft_metrics(graded.judged, soft)
 
 
 def soft_verdicts(
-    config: Config,
-    model: TextModel | None,
-    text_format: TextFormat,
-    problems: Sequence[Problem],
-    samples: Sequence[SampledText],
-    judged: Judged,
+    config: Config, model: TextModel | None, judge_format: TextFormat, graded: Graded
 ) -> list[float | None]:
     """P(Yes) / (P(Yes) + P(No)) at the verdict of each readable judgement; one forward pass.
 
-    `model` is the reward model and `text_format` how it is asked; None of both judge nothing.
+    `model` is the reward model, None for a reward that asks none, and `judge_format` how prompts
+    are shown to it.
     """
-    readable = [b for b, judgement in enumerate(judged.judgements) if judgement.failure is None]
-    found: list[float | None] = [None] * len(judged.judgements)
+    judgements = graded.judged.judgements
+    readable = [b for b, judgement in enumerate(judgements) if judgement.failure is None]
+    found: list[float | None] = [None] * len(judgements)
     if model is None or not readable:
         return found
     kind = config.prm.kind
     prompts, said = [], []
     for b in readable:
-        problem = dataclasses.replace(problems[b], answer=None)
-        prompts.append(text_format.reward_prompt(kind, problem, valid_part(samples[b].text)))
-        judgement = judged.judgements[b]
+        shown, judgement = valid_part(graded.samples[b].text), judgements[b]
+        prompts.append(judge_format.reward_prompt(kind, graded.problems[b].blind(), shown))
         verification = Verification(judgement.text, judgement.verdicts, judgement.overall)
-        said.append(text_format.reward_target(kind, verification))
+        said.append(judge_format.reward_target(kind, verification))
     score = functools.partial(evaluate.score_in_batches, model)
-    for b, soft in zip(readable, soft_scores(text_format, model.tokenizer, score, prompts, said)):
+    for b, soft in zip(readable, soft_scores(judge_format, model.tokenizer, score, prompts, said)):
         found[b] = float(soft)
     return found
 
@@ -125,11 +107,8 @@ def rollout_record(
     step: int,
     task: tasks.Task,
     tokenizer: Any,
-    problems: Sequence[Problem],
-    samples: Sequence[SampledText],
-    judged: Judged,
+    graded: Graded,
     soft: Sequence[float | None],
-    rewards: np.ndarray,
     inputs: AdvantageInputs,
     correct: Sequence[bool | None],
     usual_steps: float | None,
@@ -142,6 +121,7 @@ def rollout_record(
         correct: whether each answer is right, None where unknown.
         usual_steps: per response, at the start of the run.
     """
+    problems, samples, judged = graded.problems, graded.samples, graded.judged
     size = config.rl.group_size
     number = min(config.rl.record.problems, len(problems) // size)
     step_ids = np.asarray(inputs.step_ids)
@@ -159,14 +139,14 @@ def rollout_record(
             verdicts=tuple(judged.verdicts[b][: len(judgement.verdicts)].tolist()),
             verifications=_said(judgement, soft[b]),
             chosen={},
-            reward=float(rewards[b]),
+            reward=float(graded.rewards[b]),
             checks=format_checks(text),
             flags=monitor.flags(
                 text,
                 int(judged.num_steps[b]),
                 judgement=judgement,
                 soft_score=soft[b],
-                reward=float(rewards[b]),
+                reward=float(graded.rewards[b]),
                 correct=correct[b],
                 usual_steps=usual_steps,
             ),
@@ -191,40 +171,29 @@ def rollout_record(
 
 def token_values(config: Config, inputs: AdvantageInputs) -> dict[str, np.ndarray]:
     """Log-probs, the cumulative process reward, and the advantages that can be made of what the run
-    has, each [B, T]. The trained one has the run's options; MSA those of SPRO."""
-    given = configuration.given(config.rl.advantage_options)
-    of_spro = {name: value for name, value in given.items() if name in OF_SPRO}
-    found = {"logprob": inputs.policy_logprobs, "ref_logprob": inputs.ref_logprobs}
-    if inputs.ref_logprobs is not None and inputs.policy_logprobs is not None:
-        beta = {name: value for name, value in given.items() if name == "beta"}
-        found["cpr"] = _process_reward(
-            inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, **beta
-        )
-    has_verdicts = bool(np.any(np.asarray(inputs.verdicts)))
-    for name in dict.fromkeys((config.rl.advantage, *SHOWN)):
-        missing = [field for field in NEEDS.get(name, ()) if getattr(inputs, field) is None]
-        judged = has_verdicts or "verdicts" not in NEEDS.get(name, ())
-        if name == config.rl.advantage:
-            found[name] = _advantage(name, given, inputs)
-        elif judged and not missing:
-            found[name] = _advantage(name, of_spro if name == "masked_step" else {}, inputs)
+    has, each [B, T]; all with the options of the run that they have."""
+    trained = rl_setup.advantage_settings(config)
+    has = {
+        "ref_logprobs": inputs.ref_logprobs is not None,
+        "verdicts": inputs.verdicts is not None and bool(np.any(inputs.verdicts)),
+    }
+    found = {"logprob": inputs.policy_logprobs, "ref_logprob": inputs.ref_logprobs, "cpr": None}
+    for name in dict.fromkeys((trained.name, *SHOWN)):
+        shown = ADVANTAGES[name]
+        if name != trained.name and not all(has[need] for need in shown.needs):
+            continue
+        options = {key: x for key, x in trained.options.items() if key in shown.options}
+        if name == "grpo" != trained.name:
+            options = {}
+        found[name], process = _advantages(AdvantageSettings(name, FrozenDict(options)), inputs)
+        if found["cpr"] is None and process is not None:
+            found["cpr"] = process.returns
     return {name: np.asarray(array) for name, array in found.items() if array is not None}
 
 
-def _advantage(name: str, options: dict[str, Any], inputs: AdvantageInputs) -> jax.Array:
-    """Runs with and without log-probs share the programs of what does not read them."""
-    inputs = dataclasses.replace(inputs, step_truth=None)
-    if "ref_logprobs" not in NEEDS.get(name, ("ref_logprobs",)):
-        inputs = dataclasses.replace(inputs, policy_logprobs=None, ref_logprobs=None)
-    return _compiled(name, tuple(sorted(options.items())))(inputs)
-
-
-_process_reward = jax.jit(cumulative_process_reward, static_argnames="beta")
-
-
-@programs.shared
-def _compiled(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.jit(functools.partial(ADVANTAGES[name], **dict(options)))
+@functools.partial(jax.jit, static_argnums=0)
+def _advantages(settings: AdvantageSettings, inputs: AdvantageInputs) -> Any:
+    return settings(inputs)
 
 
 def _tokens(tokenizer: Any, sample: SampledText) -> tuple[str, ...]:

@@ -1,21 +1,32 @@
-"""What an RL run writes down of every step: metrics, responses, times, and the monitor's alarms."""
+"""The log of an RL run: metrics of every step, responses, times, and the monitor's alarms."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from spark_jax import decoding
+from spark_jax.advantages import AdvantageInputs, ProcessRewards, zero_variance_groups
+from spark_jax.data import tasks
+from spark_jax.data.records import Problem
+from spark_jax.evaluation.grading import in_threads
+from spark_jax.experiments import evaluate
 from spark_jax.experiments.configuration import Config
-from spark_jax.experiments.policy_update import undefined
-from spark_jax.experiments.rollouts import Graded
+from spark_jax.experiments.rl_state import Graded
 from spark_jax.parallel import processes
 from spark_jax.rewards import monitor
+from spark_jax.rewards.prm import Judged, disagreement
+from spark_jax.rewards.process import process_reward_auc, step_process_rewards
+from spark_jax.text_generation import SampledText
 from spark_jax.training.metrics import MetricsWriter, read_metrics
 from spark_jax.training.run_folder import RunFolder
 
@@ -91,6 +102,117 @@ class Log:
             self._metrics.text(step, "responses", _as_markdown(graded))
 
 
+# --- metrics -------------------------------------------------------------------------------------
+
+PROCESS_REWARD_AUC = "spro/process_reward_auc"  # what metrics of it begin with
+
+
+def undefined(name: str, value: Any) -> bool:
+    """Whether a rollout has no such number: no area under ROC where no step is wrong, or judged."""
+    return name.startswith(PROCESS_REWARD_AUC) and bool(np.isnan(value))
+
+
+def advantage_metrics(
+    advantages: Any, process: ProcessRewards | None, inputs: AdvantageInputs, step_truth: Any
+) -> dict[str, Any]:
+    """Size of the advantages and of the part that process rewards add to them; whether these agree
+    with the verdicts on the same steps, and with the truth where it is known. For a jitted
+    function."""
+
+    def per_token(values: Any) -> Any:  # 0 where no token is trained on
+        return values.sum() / jnp.maximum(inputs.mask.sum(), 1)
+
+    metrics = {"advantage/mean_absolute": per_token(jnp.abs(advantages))}
+    if process is None:
+        return metrics
+    metrics["spro/msa_mean_absolute"] = per_token(jnp.abs(process.advantages))
+    assert inputs.num_steps is not None
+    steps = step_process_rewards(process.returns, inputs.step_ids, num_steps=inputs.num_steps)
+    for name, verdicts in (("verdicts", inputs.verdicts), ("truth", step_truth)):
+        if verdicts is not None:
+            metrics[f"{PROCESS_REWARD_AUC}_{name}"] = process_reward_auc(steps, verdicts)
+    return metrics
+
+
+def rollout_metrics(
+    rollout: decoding.Rollout, rewards: np.ndarray, trained_on: Any, group_size: int
+) -> dict[str, Any]:
+    """Of rewards and lengths, and of how busy the decoder was. `trained_on` [B, T] is the mask of
+    the groups that are trained on."""
+    return _rollout_metrics(rewards, rollout.mask, rollout.finished, trained_on, group_size) | {
+        "decode/slot_occupancy": rollout.slot_occupancy,
+        "decode/queue_occupancy": rollout.queue_occupancy,
+        "decode/shared_prefix": rollout.shared_prefix,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _rollout_metrics(
+    rewards: Any, mask: Any, finished: Any, trained_on: Any, group_size: int
+) -> dict[str, jax.Array]:
+    groups = len(rewards) // group_size
+    return {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(),
+        "reward/zero_variance_groups": zero_variance_groups(rewards, group_size) / groups,
+        "response/length": mask.sum(axis=1).mean(),
+        "response/finished": finished.mean(),
+        "response/trained_on": trained_on.any(axis=1).mean(),
+    }
+
+
+def update_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of a rollout's updates: means over them; skipped updates summed; and the gap
+    between sampler and scorer at the first one, with what the policy had moved before it."""
+    if not updates:
+        return {"policy/updates": 0}
+    means = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
+    means |= {name: updates[0][name] for name in ("logprob_gap_max", "logprob_gap_mean")}
+    means["update_skipped"] = np.sum([values["update_skipped"] for values in updates])
+    named = {f"policy/{name}": value for name, value in means.items()}
+    return {"policy/updates": len(updates)} | named
+
+
+def begin_truths(
+    task: tasks.Task, problems: Sequence[Problem], samples: Sequence[SampledText]
+) -> Callable[[], list[bool | None]]:
+    """Begins to find whether each answer is right, None without a reference: what the run may look
+    at but never learn from. The function that is returned waits for it."""
+
+    def grade(rows: Sequence[tuple[Problem, SampledText]]) -> list[bool | None]:
+        texts = [sample.text for _, sample in rows]
+        is_right = functools.partial(evaluate.is_right, task)
+        return in_threads(is_right, [problem for problem, _ in rows], texts)
+
+    return processes.begin_share(list(zip(problems, samples, strict=True)), grade)
+
+
+def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
+    sides = {"": "estimate", "_low": "low", "_high": "high"}
+    accuracy = {f"eval/accuracy{end}": scores["accuracy"][side] for end, side in sides.items()}
+    return {name: value for name, value in accuracy.items() if value is not None} | {
+        "eval/response_length": scores["response_length"],
+        "eval/format_kept": scores["format_kept"],
+        "eval/steps": scores["steps"],
+    }
+
+
+def truth_metrics(right: Sequence[bool | None], judged: Judged) -> dict[str, float]:
+    """Accuracy against the references, and how often the reward model disagrees with it; {} where a
+    problem has no reference."""
+    known = [hit for hit in right if hit is not None]
+    if len(known) < len(right):
+        return {}
+    metrics = {"truth/accuracy": float(np.mean(known))}
+    if any(judgement.called for judgement in judged.judgements):
+        metrics |= disagreement(judged.judgements, np.array(known, bool))
+    return metrics
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
 def _as_markdown(graded: Graded) -> str:
     """The first problem, two of its responses, and what the reward model said of them."""
     parts = [f"**{graded.problems[0].question}**"]
@@ -105,17 +227,6 @@ def _as_markdown(graded: Graded) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def evaluation_metrics(scores: dict[str, Any]) -> dict[str, float]:
-    """What `evaluate.policy_scores` found, as metrics; no accuracy where nothing can be graded."""
-    sides = {"": "estimate", "_low": "low", "_high": "high"}
-    accuracy = {f"eval/accuracy{end}": scores["accuracy"][side] for end, side in sides.items()}
-    return {name: value for name, value in accuracy.items() if value is not None} | {
-        "eval/response_length": scores["response_length"],
-        "eval/format_kept": scores["format_kept"],
-        "eval/steps": scores["steps"],
-    }
 
 
 def _write_samples(path: Path, graded: Graded) -> None:

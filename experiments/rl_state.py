@@ -1,16 +1,39 @@
-"""What an RL run begins a step with, and how checkpoints hold it."""
+"""The records of an RL run, and how checkpoints hold what a step begins with."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from spark_jax import decoding
+from spark_jax.data.records import Problem
 from spark_jax.experiments.configuration import Config
-from spark_jax.experiments.rollouts import Sampled
+from spark_jax.rewards.prm import Judged
+from spark_jax.text_generation import SampledText
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.training.state import TrainState
+
+
+class Sampled(NamedTuple):
+    """B responses, as arrays and as texts."""
+
+    rollout: decoding.Rollout
+    samples: list[SampledText]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A rollout of B responses, judged and rewarded."""
+
+    problems: list[Problem]
+    rollout: decoding.Rollout
+    samples: list[SampledText]
+    judged: Judged
+    rewards: np.ndarray  # [B]
 
 
 class RLState(NamedTuple):

@@ -12,25 +12,24 @@ The examples are the task's own (`word_problems` has some), or those of a JSON-l
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from flax.core import FrozenDict
 
 from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
-from spark_jax.experiments import checks, configuration, launch, loading, programs
+from spark_jax.experiments import checks, configuration, launch, loading
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
+from spark_jax.models.config import ModelConfig
 from spark_jax.parallel import processes
 from spark_jax.prm.examples import tokenize_examples
 from spark_jax.reports import plots
-from spark_jax.training import optimizer, spread
+from spark_jax.training import optimizer, programs, spread
 from spark_jax.training.checkpointing import Checkpoints
 from spark_jax.training.metrics import MetricsWriter
 from spark_jax.training.preemption import Preempted, Watch
@@ -102,11 +101,7 @@ def fine_tune(
     train = spread.new_state(
         loaded.params, make_optimizer(section), jax.random.key(seed), loaded.config
     )
-    update = compiled_step(
-        loaded.config,
-        json.dumps(optimizer_settings(section)),
-        section.accumulation_steps,
-    )
+    update = compiled_step(loaded.config, section)
     keep = {"keep": section.keep_checkpoints, "keep_every": section.keep_every}
     with (
         Watch() as watch,
@@ -140,26 +135,16 @@ def make_optimizer(section: Config) -> Any:
     return optimizer.make(optimizer_settings(section))
 
 
-def compiled_step(model_config: Any, optimizer_settings: str, accumulation_steps: int) -> Any:
-    """One compiled SFT step per setting and mesh in scope, shared by all runs of a process."""
-    return _compiled_step(model_config, optimizer_settings, accumulation_steps, spread.mesh())
-
-
-@programs.shared
-def _compiled_step(
-    model_config: Any, optimizer_settings: str, accumulation_steps: int, _: Mesh | None
-) -> Any:
-    step = functools.partial(
-        sft_step,
-        model_config=model_config,
-        optimizer=optimizer.make(json.loads(optimizer_settings)),
-        accumulation_steps=accumulation_steps,
+def compiled_step(model_config: ModelConfig, section: Config) -> Any:
+    """The compiled update of a section; see `programs.train_step`."""
+    settings = optimizer_settings(section)
+    return programs.train_step(
+        sft_step, model_config, settings, accumulation_steps=section.accumulation_steps
     )
-    return jax.jit(spread.kept_in_place(step, model_config), donate_argnums=0)
 
 
-def optimizer_settings(section: Config) -> dict[str, Any]:
-    return {**section.optimizer.to_dict(), "total_steps": section.steps}
+def optimizer_settings(section: Config) -> FrozenDict[str, Any]:
+    return FrozenDict({**section.optimizer.to_dict(), "total_steps": section.steps})
 
 
 if __name__ == "__main__":

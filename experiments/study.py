@@ -37,7 +37,7 @@ from spark_jax.experiments.pipeline import base_as_reward_model
 from spark_jax.experiments.progress import Job, Jobs, OnProgress, bars
 from spark_jax.models import checkpoints
 from spark_jax.reports import full_study, plots
-from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
+from spark_jax.rewards.prm import REWARDS
 
 VOTING = ("single", "outcome_consistency", "step_consistency")
 FEWER = 2  # seeds of what is no headline
@@ -140,7 +140,7 @@ def arm_config(config: Config, arm: Config, seed: int, path: Path) -> Config:
 
 def asked_model(config: Config, arm: Config) -> str | None:
     """The arm's reward model by its name in the study, None where its reward asks none."""
-    if arm.reward not in REWARDS_THAT_JUDGE:
+    if not REWARDS[arm.reward].judges:
         return None
     return arm.get("reward_model") or config.study.reward_model
 

@@ -16,12 +16,16 @@ To add an advantage: write the function, and one line in `ADVANTAGES` at the bot
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from spark_jax.rewards.process import cumulative_process_reward, last_token_of_step
@@ -130,6 +134,70 @@ def step_end_returns(
     return jnp.where(last >= 0, returns, 0.0), last >= 0
 
 
+class ProcessRewards(NamedTuple):
+    """What an advantage makes of process rewards, as it is trained with."""
+
+    returns: Float[Array, "B T"]  # R̃, the cumulative process reward of every prefix
+    advantages: Float[Array, "B T"]  # what they add to the outcome's advantage
+
+
+def process_advantages(
+    policy_logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    group_size: int,
+    *,
+    beta: float = 0.05,
+    baseline: Literal["step", "pool"] = "step",
+    granularity: Literal["token", "step"] = "token",
+    step_ids: Int[Array, "B T"] | None = None,
+    num_steps: int | None = None,
+    return_clip: float | None = None,
+    process_std: float | None = None,
+    eps: float = 1e-6,
+) -> ProcessRewards:
+    """SPRO's process rewards and the masked step advantage of them (2507.01551; method page §4).
+
+    R̃ is the cumulative process reward with `beta` (reward per nat); the advantage is `masked_step`
+    of it, or `pooled_step` with `baseline="pool"`.
+
+    `granularity="step"`: segments instead of tokens. R̃ is read at the last token of step k,
+    compared across the group at equal k (or pooled over all of the group's steps), and given to
+    every token of the step. Needs `step_ids` (0..K−1, −1 outside any step) and `num_steps` = K.
+    Our reading: tokens outside any step (tags, answer; ids ≥ K) have no process advantage.
+
+    Two options are ours, not SPRO's, against its collapse at large β · learning rate, where what
+    has drifted most is rewarded most. `return_clip` (reward) bounds R̃ to ± itself. `process_std`
+    (reward) rescales each group's advantages to that standard deviation over its tokens, or steps,
+    so that drift and β change which tokens are preferred, not by how much.
+
+    Raises ValueError for an unknown baseline or granularity, and for missing step ids.
+    """
+    if baseline not in ("step", "pool"):
+        raise ValueError(f'baseline must be "step" or "pool", got {baseline!r}')
+    if granularity not in ("token", "step"):
+        raise ValueError(f'granularity must be "token" or "step", got {granularity!r}')
+    compare = masked_step if baseline == "step" else pooled_step
+    returns = cumulative_process_reward(policy_logprobs, ref_logprobs, mask, beta=beta)
+    if return_clip is not None:
+        returns = jnp.clip(returns, -return_clip, return_clip)
+
+    def compared(returns: Array, present: Array) -> Array:
+        process = compare(returns, present, group_size)
+        if process_std is None:
+            return process
+        return process_std * _standardised(process, present, group_size, eps)
+
+    if granularity == "token":
+        process = compared(returns, mask)
+    elif step_ids is None or num_steps is None:
+        raise ValueError('granularity="step" needs step_ids and num_steps; pass both')
+    else:
+        ends, exists = step_end_returns(returns, step_ids, mask, num_steps=num_steps)
+        process = _given_to_tokens(compared(ends, exists), step_ids)
+    return ProcessRewards(returns, jnp.where(mask.astype(bool), process, 0.0))
+
+
 def spro(
     rewards: Float[Array, "B"],
     policy_logprobs: Float[Array, "B T"],
@@ -149,45 +217,51 @@ def spro(
 ) -> Float[Array, "B T"]:
     """SPRO's advantage: the outcome's, plus the masked step advantage (2507.01551; method page §4).
 
-    A[b,t] = outcome_weight · GRPO(r)_b + MSA[b,t], MSA of the cumulative process reward with `beta`
-    (reward per nat). `baseline="pool"` replaces MSA by `pooled_step`.
-
-    `granularity="step"`: segments instead of tokens. R̃ is read at the last token of step k,
-    compared across the group at equal k (or pooled over all of the group's steps), and given to
-    every token of the step. Needs `step_ids` (0..K−1, −1 outside any step) and `num_steps` = K.
-    Our reading: tokens outside any step (tags, answer; ids ≥ K) keep the outcome's advantage alone.
-
-    Two options are ours, not SPRO's, against its collapse at large β · learning rate, where what
-    has drifted most is rewarded most. `return_clip` (reward) bounds R̃ to ± itself. `process_std`
-    (reward) rescales each group's MSA to that standard deviation over its tokens, or steps, so that
-    drift and β change which tokens are preferred, not by how much.
-
-    Raises ValueError for an unknown baseline or granularity, and for missing step ids.
+    A[b,t] = outcome_weight · GRPO(r)_b + MSA[b,t]; MSA and the options are those of
+    `process_advantages`, which raises ValueError for the ones that do not fit.
     """
-    if baseline not in ("step", "pool"):
-        raise ValueError(f'baseline must be "step" or "pool", got {baseline!r}')
-    compare = masked_step if baseline == "step" else pooled_step
-    returns = cumulative_process_reward(policy_logprobs, ref_logprobs, mask, beta=beta)
-    if return_clip is not None:
-        returns = jnp.clip(returns, -return_clip, return_clip)
-
-    def compared(returns: Array, present: Array) -> Array:
-        process = compare(returns, present, group_size)
-        if process_std is None:
-            return process
-        return process_std * _standardised(process, present, group_size, eps)
-
-    if granularity == "token":
-        process = compared(returns, mask)
-    elif granularity == "step":
-        if step_ids is None or num_steps is None:
-            raise ValueError('granularity="step" needs step_ids and num_steps; pass both')
-        ends, exists = step_end_returns(returns, step_ids, mask, num_steps=num_steps)
-        process = _given_to_tokens(compared(ends, exists), step_ids)
-    else:
-        raise ValueError(f'granularity must be "token" or "step", got {granularity!r}')
+    process = process_advantages(
+        policy_logprobs,
+        ref_logprobs,
+        mask,
+        group_size,
+        beta=beta,
+        baseline=baseline,
+        granularity=granularity,
+        step_ids=step_ids,
+        num_steps=num_steps,
+        return_clip=return_clip,
+        process_std=process_std,
+        eps=eps,
+    ).advantages
     outcome = outcome_weight * grpo(rewards, group_size, eps=eps)
     return jnp.where(mask.astype(bool), outcome[:, None] + process, 0.0)
+
+
+def implicit_process_advantages(
+    prm_logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    group_size: int,
+    *,
+    beta: float = 0.05,
+) -> ProcessRewards:
+    """The process part of PRIME's advantage (2502.01456): see `prime`."""
+    mask = mask.astype(bool)
+    rewards_per_token = beta * jnp.where(mask, prm_logprobs - ref_logprobs, 0.0)
+    returns = jax.lax.stop_gradient(jnp.cumsum(rewards_per_token, axis=1))
+    # The equation does not change when all of a group's p move together; centred, equal ones are 0.
+    groups, tokens = _in_groups(rewards_per_token, group_size), _in_groups(mask, group_size)
+    rewards_per_token = _centred(groups, tokens, axes=(1, 2))[0].reshape(mask.shape)
+    lengths = _in_groups(jnp.sum(mask, axis=1), group_size)
+    means = _in_groups(jnp.sum(rewards_per_token, axis=1), group_size) / jnp.maximum(lengths, 1)
+    present = lengths > 0
+    others = jnp.sum(present, axis=1, keepdims=True) - present
+    other_means = (jnp.sum(means, axis=1, keepdims=True) - means) / jnp.maximum(others, 1)
+    baseline, compared = other_means.reshape(-1, 1), (others > 0).reshape(-1, 1)
+    above_baseline = jnp.where(mask & compared, rewards_per_token - baseline, 0.0)
+    process = jnp.where(mask, jnp.cumsum(above_baseline[:, ::-1], axis=1)[:, ::-1], 0.0)
+    return ProcessRewards(returns, jax.lax.stop_gradient(process))
 
 
 def prime(
@@ -212,21 +286,9 @@ def prime(
     authors' code differs from their equation (p[b,s] stands where p̄_b is subtracted from the
     group's sum, and the result is whitened over the batch); this is the equation.
     """
-    mask = mask.astype(bool)
-    rewards_per_token = beta * jnp.where(mask, prm_logprobs - ref_logprobs, 0.0)
-    # The equation does not change when all of a group's p move together; centred, equal ones are 0.
-    groups, tokens = _in_groups(rewards_per_token, group_size), _in_groups(mask, group_size)
-    rewards_per_token = _centred(groups, tokens, axes=(1, 2))[0].reshape(mask.shape)
-    lengths = _in_groups(jnp.sum(mask, axis=1), group_size)
-    means = _in_groups(jnp.sum(rewards_per_token, axis=1), group_size) / jnp.maximum(lengths, 1)
-    present = lengths > 0
-    others = jnp.sum(present, axis=1, keepdims=True) - present
-    other_means = (jnp.sum(means, axis=1, keepdims=True) - means) / jnp.maximum(others, 1)
-    baseline, compared = other_means.reshape(-1, 1), (others > 0).reshape(-1, 1)
-    above_baseline = jnp.where(mask & compared, rewards_per_token - baseline, 0.0)
-    process = jnp.cumsum(above_baseline[:, ::-1], axis=1)[:, ::-1]
+    process = implicit_process_advantages(prm_logprobs, ref_logprobs, mask, group_size, beta=beta)
     outcome = outcome_weight * rloo(rewards, group_size)
-    return jax.lax.stop_gradient(jnp.where(mask, outcome[:, None] + process, 0.0))
+    return jnp.where(mask.astype(bool), outcome[:, None] + process.advantages, 0.0)
 
 
 # --- one number per token: a reward model's verdicts -------------------------------------------
@@ -394,105 +456,222 @@ class AdvantageInputs:
     ref_logprobs: Any = None  # Float[B, T]
     verdicts: Any = None  # Int[B, K]: +1 correct, −1 incorrect, 0 no verdict
     step_ids: Any = None  # Int[B, T]: 0..K−1, −1 outside any step
-    step_truth: Any = None  # Int[B, K], as verdicts: the ground truth, read by metrics alone
+    num_steps: int | None = flax.struct.field(pytree_node=False, default=None)  # K
 
 
-def _grpo_entry(inputs: AdvantageInputs, **options: Any) -> Float[Array, "B T"]:
-    return _to_tokens(grpo(inputs.rewards, inputs.group_size, **options), inputs)
+Need = Literal["verdicts", "ref_logprobs"]
+_FIELDS: dict[Need, tuple[str, ...]] = {
+    "verdicts": ("verdicts",),
+    "ref_logprobs": ("policy_logprobs", "ref_logprobs"),
+}
 
 
-def _dr_grpo_entry(inputs: AdvantageInputs) -> Float[Array, "B T"]:
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+    """An advantage as `ADVANTAGES` holds it.
+
+    Attributes:
+        function: (AdvantageInputs, **options) -> Float[B, T], or a pair of that and the
+            `ProcessRewards` in it. Its keyword arguments are the options of the config.
+        needs: what it reads beyond rewards, mask and step ids: "verdicts", a reward model's step
+            verdicts, and "ref_logprobs", log-probs of policy and reference. It is handed nothing
+            else, so one that reads what it does not name fails before a run begins.
+    """
+
+    function: Callable[..., Any]
+    needs: frozenset[Need] = frozenset()
+
+    def __call__(self, inputs: AdvantageInputs, **options: Any) -> Float[Array, "B T"]:
+        return self.with_process_rewards(inputs, **options)[0]
+
+    def with_process_rewards(
+        self, inputs: AdvantageInputs, **options: Any
+    ) -> tuple[Float[Array, "B T"], ProcessRewards | None]:
+        """The advantages, and the process rewards in them; None where there are none.
+
+        Raises ValueError for inputs without what it needs.
+        """
+        unread: dict[str, Any] = {}
+        for need, fields in _FIELDS.items():
+            if need not in self.needs:
+                unread |= dict.fromkeys(fields)
+            elif missing := [field for field in fields if getattr(inputs, field) is None]:
+                raise ValueError(f"this advantage needs AdvantageInputs.{missing[0]}; it is None")
+        inputs = dataclasses.replace(inputs, **unread)
+        made = self.function(inputs, **options)
+        return made if isinstance(made, tuple) else (made, None)
+
+    @property
+    def options(self) -> dict[str, type]:
+        """Its options and their types: bool, int, float or str."""
+        hints = typing.get_type_hints(self.function)
+        parameters = inspect.signature(self.function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        return {name: _plain_type(hints[name]) for name in names}
+
+
+def all_options() -> dict[str, type]:
+    """The options of all advantages and their types, by name."""
+    found = {name: kind for one in ADVANTAGES.values() for name, kind in one.options.items()}
+    return dict(sorted(found.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageSettings:
+    """An advantage by name, with its options: hashable, a static argument of compiled programs."""
+
+    name: str
+    options: FrozenDict[str, Any]
+
+    @property
+    def advantage(self) -> Advantage:
+        return ADVANTAGES[self.name]
+
+    def __call__(
+        self, inputs: AdvantageInputs
+    ) -> tuple[Float[Array, "B T"], ProcessRewards | None]:
+        """See `Advantage.with_process_rewards`."""
+        return self.advantage.with_process_rewards(inputs, **self.options)
+
+
+def _grpo(inputs: AdvantageInputs, *, normalize_std: bool = True, eps: float = 1e-6) -> Array:
+    advantages = grpo(inputs.rewards, inputs.group_size, normalize_std=normalize_std, eps=eps)
+    return _to_tokens(advantages, inputs)
+
+
+def _dr_grpo(inputs: AdvantageInputs) -> Array:
     return _to_tokens(dr_grpo(inputs.rewards, inputs.group_size), inputs)
 
 
-def _rloo_entry(inputs: AdvantageInputs) -> Float[Array, "B T"]:
+def _rloo(inputs: AdvantageInputs) -> Array:
     return _to_tokens(rloo(inputs.rewards, inputs.group_size), inputs)
 
 
-def _reinforce_plus_plus_entry(
+def _reinforce_plus_plus(
     inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-6
-) -> Float[Array, "B T"]:
+) -> Array:
     group_size = inputs.group_size if group_baseline else None
     advantages = reinforce_plus_plus(inputs.rewards, inputs.mask, group_size=group_size, eps=eps)
     return _to_tokens(advantages, inputs)
 
 
-def _selective_entry(
-    inputs: AdvantageInputs, *, discount: float = 0.0, **options: Any
-) -> Float[Array, "B T"]:
-    advantages = grpo(inputs.rewards, inputs.group_size, **options)
-    verdicts, step_ids = _need(inputs, "verdicts"), _need(inputs, "step_ids")
-    return selective(advantages, verdicts, step_ids, inputs.mask, discount=discount)
+def _selective(
+    inputs: AdvantageInputs,
+    *,
+    discount: float = 0.0,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+) -> Array:
+    advantages = grpo(inputs.rewards, inputs.group_size, normalize_std=normalize_std, eps=eps)
+    step_ids = _step_ids(inputs)
+    return selective(advantages, inputs.verdicts, step_ids, inputs.mask, discount=discount)
 
 
-def _global_step_entry(
+def _global_step(
     inputs: AdvantageInputs,
     *,
     outcome_weight: float = 1.0,
     process_weight: float = 1.0,
     eps: float = 1e-6,
-) -> Float[Array, "B T"]:
-    verdicts, step_ids = _need(inputs, "verdicts"), _need(inputs, "step_ids")
-    process = global_step(verdicts, step_ids, inputs.mask, inputs.group_size, eps=eps)
-    return outcome_weight * _grpo_entry(inputs, eps=eps) + process_weight * process
+) -> Array:
+    step_ids = _step_ids(inputs)
+    process = global_step(inputs.verdicts, step_ids, inputs.mask, inputs.group_size, eps=eps)
+    return outcome_weight * _grpo(inputs, eps=eps) + process_weight * process
 
 
-def _spro_entry(
-    inputs: AdvantageInputs, *, num_steps: int | None = None, **options: Any
-) -> Float[Array, "B T"]:
-    if num_steps is None and inputs.verdicts is not None:
-        num_steps = inputs.verdicts.shape[1]
-    return spro(
-        inputs.rewards,
-        _need(inputs, "policy_logprobs"),
-        _need(inputs, "ref_logprobs"),
+def _spro(
+    inputs: AdvantageInputs,
+    *,
+    beta: float = 0.05,
+    outcome_weight: float = 1.0,
+    baseline: str = "step",
+    granularity: str = "token",
+    return_clip: float | None = None,
+    process_std: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Array, ProcessRewards]:
+    process = process_advantages(
+        inputs.policy_logprobs,
+        inputs.ref_logprobs,
         inputs.mask,
         inputs.group_size,
+        beta=beta,
+        baseline=typing.cast(Any, baseline),
+        granularity=typing.cast(Any, granularity),
         step_ids=inputs.step_ids,
-        num_steps=num_steps,
-        **options,
+        num_steps=inputs.num_steps,
+        return_clip=return_clip,
+        process_std=process_std,
+        eps=eps,
     )
+    return outcome_weight * _grpo(inputs, eps=eps) + process.advantages, process
 
 
-def _masked_step_entry(inputs: AdvantageInputs, **options: Any) -> Float[Array, "B T"]:
-    return _spro_entry(inputs, outcome_weight=0.0, **options)
-
-
-def _prime_entry(inputs: AdvantageInputs, **options: Any) -> Float[Array, "B T"]:
-    policy_logprobs, ref_logprobs = _need(inputs, "policy_logprobs"), _need(inputs, "ref_logprobs")
-    return prime(
-        inputs.rewards, policy_logprobs, ref_logprobs, inputs.mask, inputs.group_size, **options
+def _masked_step(
+    inputs: AdvantageInputs,
+    *,
+    beta: float = 0.05,
+    baseline: str = "step",
+    granularity: str = "token",
+    return_clip: float | None = None,
+    process_std: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Array, ProcessRewards]:
+    _, process = _spro(
+        inputs,
+        beta=beta,
+        baseline=baseline,
+        granularity=granularity,
+        return_clip=return_clip,
+        process_std=process_std,
+        eps=eps,
     )
+    return process.advantages, process
+
+
+def _prime(
+    inputs: AdvantageInputs, *, beta: float = 0.05, outcome_weight: float = 1.0
+) -> tuple[Array, ProcessRewards]:
+    process = implicit_process_advantages(
+        inputs.policy_logprobs, inputs.ref_logprobs, inputs.mask, inputs.group_size, beta=beta
+    )
+    return outcome_weight * _rloo(inputs) + process.advantages, process
 
 
 def _to_tokens(advantages: Float[Array, "B"], inputs: AdvantageInputs) -> Float[Array, "B T"]:
     return jnp.where(inputs.mask.astype(bool), advantages[:, None], 0.0)
 
 
-def _need(inputs: AdvantageInputs, field: str) -> Any:
-    value = getattr(inputs, field)
-    if value is None:
-        raise ValueError(f"this advantage needs AdvantageInputs.{field}, which is None; pass it")
-    return value
+def _step_ids(inputs: AdvantageInputs) -> Any:
+    if inputs.step_ids is None:
+        raise ValueError("this advantage needs AdvantageInputs.step_ids; it is None")
+    return inputs.step_ids
 
 
-# All share one form, fn(inputs, **options) -> [B, T]; options are the keyword arguments of the
-# function above of the same name, and:
+def _plain_type(hint: Any) -> type:
+    """bool of `bool`, float of `float | None`."""
+    plain = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return plain[0] if plain else hint
+
+
+_OF_VERDICTS: frozenset[Need] = frozenset({"verdicts"})
+_OF_LOGPROBS: frozenset[Need] = frozenset({"ref_logprobs"})
+
+# Options are the keyword arguments of the function above of the same name, and:
 # - "reinforce++" counts tokens (the mask), and takes group_baseline=True for the paper's variant;
 # - "global_step" is the whole: outcome_weight · GRPO + process_weight · process part;
-# - "masked_step" is "spro" without its outcome term; both take num_steps (default: the verdicts' K)
-#   for granularity="step";
+# - "masked_step" is "spro" without its outcome term;
 # - "prime" takes the policy itself as the implicit reward model (no third model is scored).
 # DAPO and GSPO are no advantages: theirs is GRPO's, and what is their own are settings of the loss
 # (an asymmetric clip and dynamic sampling; the sequence's importance ratio).
-ADVANTAGES: dict[str, Callable[..., Array]] = {
-    "grpo": _grpo_entry,
-    "dr_grpo": _dr_grpo_entry,
-    "rloo": _rloo_entry,
-    "reinforce++": _reinforce_plus_plus_entry,
-    "selective": _selective_entry,
-    "global_step": _global_step_entry,
-    "masked_step": _masked_step_entry,
-    "spro": _spro_entry,
-    "prime": _prime_entry,
+ADVANTAGES: dict[str, Advantage] = {
+    "grpo": Advantage(_grpo),
+    "dr_grpo": Advantage(_dr_grpo),
+    "rloo": Advantage(_rloo),
+    "reinforce++": Advantage(_reinforce_plus_plus),
+    "selective": Advantage(_selective, needs=_OF_VERDICTS),
+    "global_step": Advantage(_global_step, needs=_OF_VERDICTS),
+    "masked_step": Advantage(_masked_step, needs=_OF_LOGPROBS),
+    "spro": Advantage(_spro, needs=_OF_LOGPROBS),
+    "prime": Advantage(_prime, needs=_OF_LOGPROBS),
 }

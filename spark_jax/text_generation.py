@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from spark_jax.data.formats import Sample
 from spark_jax.data.records import SamplingSettings
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.steps import StepSpan, step_ids, token_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,21 @@ def rollout_texts(rollout: decoding.Rollout, tokenizer: Any) -> list[SampledText
         SampledText(text, tuple(row), bool(done))
         for text, row, done in zip(texts, ids, finished, strict=True)
     ]
+
+
+def token_step_ids(
+    split_steps: Callable[[str], list[StepSpan]],
+    tokenizer: Any,
+    samples: Sequence[SampledText],
+    num_tokens: int,
+    num_steps: int,
+) -> np.ndarray:
+    """[B, T]: which of its text's first `num_steps` steps each sampled token belongs to, −1 outside
+    any, as at the stop token. T is `num_tokens`."""
+    bodies = [s.token_ids[:-1] if s.finished else s.token_ids for s in samples]
+    texts, offsets = zip(*(token_offsets(tokenizer, body) for body in bodies), strict=True)
+    spans = [split_steps(text)[:num_steps] for text in texts]
+    return step_ids(spans, offsets, num_tokens)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jax import advantages
-from spark_jax.advantages import ADVANTAGES, AdvantageInputs
+from spark_jax.advantages import ADVANTAGES, Advantage, AdvantageInputs, all_options
 
 EPS = 1e-6
 SHAPES = [(3, 4), (6, 2), (12, 1)]  # prompts, group size; one B, so that most programs are shared
@@ -67,13 +67,14 @@ class Batch:
             ref_logprobs=jnp.array(ref),
             verdicts=jnp.array(self.verdicts),
             step_ids=jnp.array(self.step_ids),
+            num_steps=K,
         )
 
 
 BATCHES = [Batch(seed, *SHAPES[seed % len(SHAPES)]) for seed in range(9)]
 every_batch = pytest.mark.parametrize("batch", BATCHES, ids=range(9))
 BETA, BOUND, SPREAD = 0.4, 0.3, 0.1
-SPRO = {"beta": BETA, "num_steps": K}
+SPRO = {"beta": BETA}
 
 
 @functools.cache
@@ -606,3 +607,43 @@ def test_bounds_hold_where_the_mean_rounds():
                 functools.partial(advantages.dynamic_sampling_mask, **bounds), static_argnums=1
             )
             assert np.all(keep(rewards, group_size))
+
+
+def test_an_advantage_is_handed_what_it_says_it_needs_and_nothing_else():
+    """One that reads verdicts without saying so would train on zeros under a reward that asks no
+    reward model."""
+    inputs = BATCHES[0].inputs()
+    seen = {}
+
+    def reads(inputs):
+        seen.update({name: getattr(inputs, name) is not None for name in seen_fields})
+        return inputs.mask * 1.0
+
+    seen_fields = ("verdicts", "policy_logprobs", "ref_logprobs", "step_ids")
+    Advantage(reads)(inputs)
+    assert seen == dict.fromkeys(seen_fields, False) | {"step_ids": True}
+    Advantage(reads, needs=frozenset({"verdicts"}))(inputs)
+    assert seen == dict.fromkeys(seen_fields, False) | {"step_ids": True, "verdicts": True}
+
+
+def test_process_rewards_are_those_of_the_advantage():
+    """SPRO's advantage is GRPO's and what its process rewards say; so are its variants'."""
+    inputs = BATCHES[0].inputs()
+    for options in ({}, {"process_std": 0.1}, {"return_clip": 0.01}, {"baseline": "pool"}):
+        whole, process = ADVANTAGES["spro"].with_process_rewards(inputs, beta=BETA, **options)
+        check(whole - ADVANTAGES["grpo"](inputs), np.asarray(process.advantages))
+    assert ADVANTAGES["grpo"].with_process_rewards(inputs)[1] is None
+    assert (
+        np.max(np.abs(ADVANTAGES["spro"].with_process_rewards(inputs, return_clip=0.01)[1][0]))
+        <= 0.01
+    )
+
+
+def test_options_are_the_functions_keyword_arguments():
+    assert ADVANTAGES["selective"].options == {
+        "discount": float,
+        "normalize_std": bool,
+        "eps": float,
+    }
+    assert all_options()["process_std"] is float
+    assert all_options()["granularity"] is str

@@ -58,6 +58,10 @@ class Problem:
     answer: str | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def blind(self) -> Problem:
+        """The problem without its reference: as every stage is handed it that may not read one."""
+        return dataclasses.replace(self, answer=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:

@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.problem_sets import PROBLEM_SETS, DataOptions, Split, splits
 from spark_jax.data.records import Example, Problem, Solution
@@ -99,6 +101,21 @@ def with_labels(
         step_labels, correct = task.labels(by_id[solution.problem_id], solution.text)
         labelled.append(dataclasses.replace(solution, step_labels=step_labels, correct=correct))
     return labelled
+
+
+def step_labels(
+    task: Task, problems: Sequence[Problem], texts: Sequence[str], num_steps: int
+) -> np.ndarray | None:
+    """[B, K] int8: which of the first K = `num_steps` steps of each response are right (+1) and
+    wrong (−1), 0 where there is none, for evaluation only. None for a task that does not know."""
+    known = [task.labels(problem, text)[0] for problem, text in zip(problems, texts, strict=True)]
+    if any(labels is None for labels in known):
+        return None
+    truth = np.zeros((len(known), num_steps), np.int8)
+    for row, labels in zip(truth, known, strict=True):
+        signs = np.where(np.array(labels, bool), 1, -1)[:num_steps]
+        row[: len(signs)] = signs
+    return truth
 
 
 def choose(problems: Sequence[Problem], num: int | None, seed: int, what: str) -> list[Problem]:

@@ -11,7 +11,6 @@ verify and to learn.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 import re
@@ -243,7 +242,7 @@ def examples(num: int, seed: int, text_format: TextFormat) -> list[Example]:
     made = []
     for position, problem in enumerate(problems(num, seed, "train")):
         chain = read_question(problem.question)
-        shown = dataclasses.replace(problem, answer=None)
+        shown = problem.blind()
         solving = position % 3 == 0
         wrong = (WRONG_STEP, 0.0, WRONG_STEP_VERIFIED)[position % 3]
         steps = noisy_solution(chain, wrong, rng)

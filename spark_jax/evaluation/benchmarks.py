@@ -80,7 +80,7 @@ def sample_responses(
     k = samples_per_problem
 
     def chunk(members: Sequence[Problem]) -> Chunk:
-        prompts = [text_format.solve_prompt(_without_answer(problem)) for problem in members]
+        prompts = [text_format.solve_prompt(problem.blind()) for problem in members]
         keys = [(problem.id, index) for problem in members for index in range(k)]
         return Chunk(list(zip(members, prompts)), keys, provenance(model, settings, seed, prompts))
 
@@ -228,10 +228,6 @@ def _figures(graded: Sequence[Graded], k: int) -> dict[str, Any]:
 def _num_tokens(said: Any) -> int | None:
     ids = getattr(said, "token_ids", None)
     return getattr(said, "num_tokens", None) if ids is None else len(ids)
-
-
-def _without_answer(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, answer=None)
 
 
 def _mean(values: Any) -> float:

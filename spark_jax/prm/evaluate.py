@@ -129,7 +129,7 @@ def judge_solutions(
     """
     text_format, kind = judge_format(judge.text_format, judge.kind)
     prompts = [
-        text_format.reward_prompt(kind, dataclasses.replace(problem, answer=None), text)
+        text_format.reward_prompt(kind, problem.blind(), text)
         for problem, text in zip(problems, texts, strict=True)
     ]
     asked = [row for row, prompt in enumerate(prompts) if judge.fits(prompt)]

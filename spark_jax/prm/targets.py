@@ -48,7 +48,7 @@ def training_pair(
     verification: Verification,
 ) -> TrainingPair:
     """The example of one kind from one verification. The reference answer is not shown."""
-    shown = dataclasses.replace(problem, answer=None)
+    shown = problem.blind()
     return TrainingPair(
         text_format.reward_prompt(kind, shown, solution.text),
         text_format.reward_target(kind, verification),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spark_jax.evaluation.intervals import t_interval
-from spark_jax.rewards.prm import REWARDS_THAT_JUDGE
+from spark_jax.rewards.prm import REWARDS
 from spark_jax.training.metrics import read_metrics
 from spark_jax.verification.aggregate import AGGREGATIONS
 
@@ -187,7 +187,7 @@ def _judged_first(runs: Mapping[str, Sequence[Path]]) -> list[str]:
     rewards = {
         arm: read_json(folders[0] / "config.json")["rl"]["reward"] for arm, folders in runs.items()
     }
-    return sorted(runs, key=lambda arm: rewards[arm] not in REWARDS_THAT_JUDGE)
+    return sorted(runs, key=lambda arm: not REWARDS[rewards[arm]].judges)
 
 
 def _curves(folders: Sequence[Path]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ shown the problem without it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int8, Int32
@@ -25,19 +25,15 @@ from spark_jax.rewards.format import (
     step_count_ok,
     valid_part,
 )
-from spark_jax.rewards.records import NOT_CALLED, Judgement, RewardInputs
+from spark_jax.rewards.records import NOT_CALLED, Judgement, Reward, RewardInputs
 
 # --- r from judgements ---------------------------------------------------------------------------
 
 
-def orm(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
-    """1 where the outcome reward model says Yes."""
-    return _says_yes(batch, "orm")
-
-
-def process_aware_outcome(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
-    """1 where the PRM's overall verdict, given after its step verdicts, is Yes."""
-    return _says_yes(batch, "process_aware_outcome")
+def overall_verdict(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
+    """1 where the reward model's overall verdict is Yes; a PRM gives it after its step verdicts."""
+    yes = np.array([judgement.overall for judgement in _judgements(batch)], bool)
+    return (yes & batch.format_ok).astype(np.float32)
 
 
 def step_average(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
@@ -48,30 +44,21 @@ def step_average(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
     """
     shares = [
         np.mean(judgement.verdicts) if _steps_count(judgement, batch.step_limits) else 0.0
-        for judgement in _judgements(batch, "step_average")
+        for judgement in _judgements(batch)
     ]
     step_part = np.where(batch.format_ok, np.asarray(shares, np.float32), 0.0)
-    return (0.4 * step_part + 0.6 * _says_yes(batch, "step_average")).astype(np.float32)
+    return (0.4 * step_part + 0.6 * overall_verdict(batch)).astype(np.float32)
 
 
-# A reward is one function of `RewardInputs` and one line here.
-REWARDS: dict[str, Callable[[RewardInputs], Float32[np.ndarray, "B"]]] = {
-    "orm": orm,
-    "process_aware_outcome": process_aware_outcome,
-    "step_average": step_average,
-    "rule_based": outcome.rule_based,
-    "majority_vote": outcome.majority_vote,
-    "random": outcome.random,
+# A reward is one function of `RewardInputs` and one line here, which says what it needs.
+REWARDS: dict[str, Reward] = {
+    "orm": Reward(overall_verdict, judges=("orm",)),
+    "process_aware_outcome": Reward(overall_verdict, judges=("prm", "prm_cot")),
+    "step_average": Reward(step_average, judges=("prm", "prm_cot")),
+    "rule_based": Reward(outcome.rule_based, references=True, grades=True),
+    "majority_vote": Reward(outcome.majority_vote, grades=True),
+    "random": Reward(outcome.random),
 }
-
-# The kinds of reward model that a reward can use; the others judge nothing.
-REWARDS_THAT_JUDGE: dict[str, tuple[RewardKind, ...]] = {
-    "orm": ("orm",),
-    "process_aware_outcome": ("prm", "prm_cot"),
-    "step_average": ("prm", "prm_cot"),
-}
-REWARDS_THAT_NEED_REFERENCES = frozenset({"rule_based"})
-REWARDS_THAT_GRADE = frozenset({"rule_based", "majority_vote"})  # group by group, and slowly
 
 
 # --- asking the reward model ---------------------------------------------------------------------
@@ -173,7 +160,7 @@ def ask(
     Raises ValueError if `sample` does not give `votes` texts per prompt.
     """
     prompts = [
-        format.reward_prompt(kind, _without_reference(problem), text)
+        format.reward_prompt(kind, problem.blind(), text)
         for problem, text in zip(problems, texts, strict=True)
     ]
     if not prompts:
@@ -247,31 +234,14 @@ def disagreement(
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def _says_yes(batch: RewardInputs, reward: str) -> Float32[np.ndarray, "B"]:
-    yes = np.array([judgement.overall for judgement in _judgements(batch, reward)], bool)
-    return (yes & batch.format_ok).astype(np.float32)
-
-
-def _judgements(batch: RewardInputs, reward: str) -> Sequence[Judgement]:
-    """The batch's judgements; ValueError if there are none or they are of the wrong kind."""
-    kinds = REWARDS_THAT_JUDGE[reward]
+def _judgements(batch: RewardInputs) -> Sequence[Judgement]:
     if batch.judgements is None:
-        raise ValueError(f"the {reward} reward needs judgements of a reward model of kind {kinds}")
-    wrong = {judgement.kind for judgement in batch.judgements} - set(kinds)
-    if wrong:
-        raise ValueError(
-            f"the {reward} reward needs a reward model of kind {kinds}, got {wrong}; choose "
-            "another reward or another reward model"
-        )
+        raise ValueError("this reward reads judgements, and RewardInputs.judgements is None")
     return batch.judgements
 
 
 def _steps_count(judgement: Judgement, step_limits: tuple[int, int]) -> bool:
     return judgement.judged_every_step and step_count_ok(judgement.num_steps, *step_limits)
-
-
-def _without_reference(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, answer=None)
 
 
 def _read(format: TextFormat, kind: RewardKind, text: str, num_steps: int) -> Judgement:

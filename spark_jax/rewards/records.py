@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
 from spark_jax.data.formats import RewardKind, TextFormat
 from spark_jax.data.records import Problem
@@ -84,3 +84,57 @@ class RewardInputs:
                 f"RewardInputs: {len(self.responses)} responses are no whole number of groups of "
                 f"group_size={self.group_size}"
             )
+
+    def of_groups(self, start: int, end: int) -> RewardInputs:
+        """The rows of the groups [start, end)."""
+        rows = slice(start * self.group_size, end * self.group_size)
+        judgements = None if self.judgements is None else self.judgements[rows]
+        return dataclasses.replace(
+            self,
+            problems=self.problems[rows],
+            responses=self.responses[rows],
+            format_ok=self.format_ok[rows],
+            judgements=judgements,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A reward as `REWARDS` holds it.
+
+    Attributes:
+        function: (RewardInputs) -> r, float32 [B]; 0 wherever the format is broken.
+        judges: the kinds of reward model whose judgements it reads; () asks no reward model.
+        references: whether it reads reference answers. It is handed none where it does not say so.
+        grades: whether it compares answers, group by group, which takes its time.
+    """
+
+    function: Callable[[RewardInputs], Float32[np.ndarray, "B"]]
+    judges: tuple[RewardKind, ...] = ()
+    references: bool = False
+    grades: bool = False
+
+    @property
+    def gives_verdicts(self) -> bool:
+        """Whether the reward model it asks judges every step."""
+        return any(kind != "orm" for kind in self.judges)
+
+    def __call__(self, inputs: RewardInputs) -> Float32[np.ndarray, "B"]:
+        """r of each response, with no more shown than the reward says that it reads.
+
+        Raises ValueError where judgements are missing or of another kind.
+        """
+        if not self.references:
+            inputs = dataclasses.replace(inputs, problems=[p.blind() for p in inputs.problems])
+        if not self.judges:
+            return self.function(dataclasses.replace(inputs, judgements=None))
+        if inputs.judgements is None:
+            raise ValueError(
+                f"this reward needs judgements of a reward model of kind {self.judges}"
+            )
+        if wrong := {judgement.kind for judgement in inputs.judgements} - set(self.judges):
+            raise ValueError(
+                f"this reward needs a reward model of kind {self.judges}, got {sorted(wrong)}; "
+                "choose another reward or another reward model"
+            )
+        return self.function(inputs)

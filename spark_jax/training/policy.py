@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,10 +13,12 @@ from jaxtyping import Array, Bool, Float
 
 from spark_jax import losses
 from spark_jax.models.config import ModelConfig
+from spark_jax.parallel import sharding
 from spark_jax.scoring import logprobs_and_entropy_at, response_logprobs_and_entropy
+from spark_jax.training import programs
 from spark_jax.training.packing import PackedPolicyBatch
 from spark_jax.training.state import TrainState
-from spark_jax.training.update import apply_update
+from spark_jax.training.update import apply_update, in_micro_batches
 
 
 @flax.struct.dataclass
@@ -29,13 +30,8 @@ class PolicyBatch:
     tokens: Any  # int [B, T], right-padded
     mask: Any  # bool [B, T], the end-of-sequence token included
     old_logprobs: Any  # float [B, T], nats: under the policy that sampled
-    advantages: Any  # float [B, T]; None where `advantage_function` makes them
+    advantages: Any  # float [B, T]
     ref_logprobs: Any = None  # float [B, T], nats; needed for a KL term only
-    advantage_inputs: Any = None  # what `advantage_function` is given
-
-
-AdvantageFunction = Callable[[Any, Any], tuple[Any, losses.Metrics]]
-"""(log π [B, T], advantage_inputs) -> (advantages [B, T], metrics). See `policy_step`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +84,13 @@ def policy_step(
     objective: Objective,
     accumulation_steps: int = 1,
     chunk: int | None = None,
-    advantage_function: AdvantageFunction | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update on the clipped policy-gradient objective over all B responses.
 
     Token weights are made for the whole batch, so `accumulation_steps` changes memory, not the
     update; neither does packing (`packing.pack_policy_batch` with the same objective). Pure; jit it
-    with everything but `state` and `batch` bound and `donate_argnums=0`.
-
-    Advantages that compare the policy with another, such as SPRO's, can be made inside the step,
-    from the log-probs that it computes anyway: the first update after a rollout then needs no pass
-    of its own to score the policy. `advantage_function` is such an advantage; it sees all rows
-    together, of an unpacked batch, and its metrics are among those returned. No gradient passes
-    through it.
+    with everything but `state` and `batch` bound and `donate_argnums=0`, as `programs.train_step`
+    does.
 
     Returns:
       the state and metrics, all taken at the parameters before the update: those of
@@ -109,11 +99,9 @@ def policy_step(
       policy, this is the gap between sampler and scorer.
 
     Raises:
-      ValueError: the rows do not divide into `accumulation_steps`, a KL coefficient without
-        `ref_logprobs`, or an `advantage_function` with accumulation or a packed batch.
+      ValueError: the rows do not divide into `accumulation_steps`, or a KL coefficient without
+        `ref_logprobs`.
     """
-    if advantage_function is not None:
-        _refuse_rows_apart(batch, accumulation_steps)
     mask, weights = _mask(batch), _weights(batch, objective)
 
     def loss_function(
@@ -121,7 +109,6 @@ def policy_step(
     ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
         rows, row_weights = inputs
         logprobs, entropy = _score(params, model_config, rows, chunk)
-        rows, _ = _with_advantages(rows, logprobs, advantage_function)
         loss, _ = _objective(logprobs, entropy, rows, row_weights, objective)
         return loss, (logprobs, entropy)
 
@@ -129,29 +116,24 @@ def policy_step(
         state, (batch, weights), loss_function, optimizer, accumulation_steps
     )
     # Once more on the assembled [B, T] arrays: shares and maxima of micro-batches do not add up.
-    batch, advantage_metrics = _with_advantages(batch, logprobs, advantage_function)
     _, metrics = _objective(logprobs, entropy, batch, weights, objective)
     gap = losses.sampler_gap(batch.old_logprobs, logprobs, mask)
     metrics |= {f"logprob_gap_{name}": value for name, value in gap.items()}
-    return state, metrics | advantage_metrics | update_metrics
+    return state, metrics | update_metrics
 
 
-def _with_advantages(
-    batch: Any, logprobs: Float[Array, "B T"], function: AdvantageFunction | None
-) -> tuple[Any, losses.Metrics]:
-    if function is None:
-        return batch, {}
-    advantages, metrics = function(jax.lax.stop_gradient(logprobs), batch.advantage_inputs)
-    return dataclasses.replace(batch, advantages=advantages), metrics
+@programs.shared
+def compiled_score(model_config: ModelConfig, parts: int) -> Any:
+    """(params, prompt_tokens, prompt_mask, tokens, mask) -> log-probs [B, T] of the responses,
+    compiled; B / `parts` rows at a time, and replicated on every device."""
 
+    def score(params: Any, *arrays: Any) -> Any:
+        def logprobs(rows: Any) -> Any:
+            return response_logprobs_and_entropy(params, model_config, *rows)[0]
 
-def _refuse_rows_apart(batch: PolicyBatch | PackedPolicyBatch, accumulation_steps: int) -> None:
-    if accumulation_steps != 1 or isinstance(batch, PackedPolicyBatch):
-        raise ValueError(
-            f"an advantage_function sees all rows of a batch together, but accumulation_steps="
-            f"{accumulation_steps} and the batch is a {type(batch).__name__}; make the advantages "
-            "before the step"
-        )
+        return sharding.constrain(in_micro_batches(logprobs, arrays, parts), (None, None))
+
+    return jax.jit(score)
 
 
 def _mask(batch: PolicyBatch | PackedPolicyBatch) -> Bool[Array, "B T"]:

@@ -74,7 +74,7 @@ def generate_solutions(
     _require_different([problem.id for problem in problems], "problem id")
 
     def make(chunk: Chunk) -> list[Solution]:
-        prompts = [text_format.solve_prompt(_without_answer(problem)) for problem in chunk.members]
+        prompts = [text_format.solve_prompt(problem.blind()) for problem in chunk.members]
         seed = chunk.provenance.sample_seed
         texts = _sample_all(sample, prompts, samples_per_problem, settings, seed)
         return [
@@ -279,9 +279,7 @@ def _sample_verifications(
         if solution.steps and (problem.answer is not None or not reference):
             shown = problem.answer if reference else None
             asked.append(i)
-            prompts.append(
-                text_format.verify_prompt(_without_answer(problem), solution.text, shown)
-            )
+            prompts.append(text_format.verify_prompt(problem.blind(), solution.text, shown))
     seed = content_seed(sample_seed, "with reference" if reference else "without reference")
     texts = _sample_all(sample, prompts, num_samples, settings, seed)
     results: list[tuple[Verification | ParseFailure, ...]] = [()] * len(pairs)
@@ -347,12 +345,8 @@ def _content(problems: Sequence[Problem]) -> list[tuple[str, str]]:
     return [(problem.id, problem.question) for problem in problems]
 
 
-def _without_answer(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, answer=None)
-
-
 def _blind(pair: tuple[Problem, Solution]) -> tuple[Problem, Solution]:
-    return _without_answer(pair[0]), pair[1]
+    return pair[0].blind(), pair[1]
 
 
 def _by_problem(
