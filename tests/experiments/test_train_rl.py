@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from compilations import Compilations
 from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
+from flax.core import FrozenDict
 
-from spark_jax.advantages import ADVANTAGES
+from spark_jax.advantages import ADVANTAGES, Advantage, AdvantageInputs, AdvantageSettings
 from spark_jax.data import tasks
-from spark_jax.experiments import configuration, evaluate, loading, rollouts, train_rl
+from spark_jax.data.records import SamplingSettings
+from spark_jax.experiments import configuration, evaluate, loading, rl_log, rl_setup, train_rl
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import transformer
-from spark_jax.rewards.prm import REWARDS, REWARDS_THAT_JUDGE
-from spark_jax.text_generation import SampledText, encode
+from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.rewards.prm import REWARDS, judge
+from spark_jax.text_generation import SampledText, encode, token_step_ids
 from spark_jax.training import spread, state
 from spark_jax.training.metrics import read_metrics
 from spark_jax.training.policy import Objective, PolicyBatch
@@ -69,7 +72,7 @@ def differ(params, others):
 
 @pytest.mark.parametrize("reward", REWARDS)
 def test_every_reward_runs(config, tmp_path, reward):
-    kind = REWARDS_THAT_JUDGE.get(reward, ("prm_cot",))[-1]
+    kind = (REWARDS[reward].judges or ("prm_cot",))[-1]
     changes = {"rl.reward": reward, "prm.kind": kind, "rl.reward_model": JUDGE}
     summary = run(config, tmp_path, changes)
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -77,7 +80,7 @@ def test_every_reward_runs(config, tmp_path, reward):
     assert all(row["policy/logprob_gap_max"] < 1e-4 for row in rows[1:])
     assert 0 <= summary["evaluation"]["accuracy"]["estimate"] <= 1
     asked = [row["reward_model/called"] for row in rows[1:]]
-    assert (max(asked) > 0) == (reward in REWARDS_THAT_JUDGE)
+    assert (max(asked) > 0) == bool(REWARDS[reward].judges)
     assert len(samples(tmp_path, 2)) == 8
     first = (tmp_path / "samples" / "step_000002.jsonl").read_text().splitlines()[0]
     assert set(json.loads(first)) == {"problem", "response", "reward"}
@@ -141,30 +144,79 @@ def collected(config, tmp_path_factory):
     config = configuration.changed(config, changes)
     loaded = loading.load_trainable(config, config.model)
     folder = RunFolder.open(tmp_path_factory.mktemp("collected"), config)
-    setting = train_rl.make_setting(config, folder, loaded)
-    optimizer, key = train_rl.make_optimizer(config), jax.random.key(0)
+    setup = rl_setup.make_setup(config, folder, loaded)
+    optimizer, key = rl_setup.make_optimizer(config), jax.random.key(0)
     train = spread.new_state(state.copy(loaded.params), optimizer, key, loaded.config)
-    at = train_rl.RLState(train, loaded.params)
-    graded, logprobs, *_ = train_rl.collect(setting, at, train_rl.Stopwatch())
-    assert np.any(graded.judged.verdicts)
-    rewards = np.arange(len(graded.rewards), dtype=np.float32)
-    return setting, train, dataclasses.replace(graded, rewards=rewards), logprobs
+    rollout, samples = train_rl.sample(setup, loaded.params, 1, rl_log.Stopwatch())
+    policy, reference = train_rl.score(setup, train_rl.RLState(train, loaded.params), rollout)
+    texts, settings = [sample.text for sample in samples], SamplingSettings(max_new_tokens=52)
+    judged = judge(
+        setup.reward_sampler(), setup.judge_format, setup.problems_of(1), texts, "prm_cot",
+        settings, 1,
+    )  # fmt: skip
+    assert np.any(judged.verdicts)
+    inputs = AdvantageInputs(
+        rewards=np.arange(len(texts), dtype=np.float32),
+        mask=rollout.mask,
+        group_size=config.rl.group_size,
+        policy_logprobs=policy,
+        ref_logprobs=reference,
+        verdicts=judged.verdicts,
+        step_ids=step_ids_of(setup.policy.tokenizer, samples, rollout.tokens.shape[1]),
+        num_steps=MAX_STEPS,
+    )
+    return setup, train, rollout, inputs
+
+
+def step_ids_of(tokenizer, samples, num_tokens):
+    split_steps = tasks.load("arithmetic_chains").text_format.split_steps
+    return token_step_ids(split_steps, tokenizer, samples, num_tokens, MAX_STEPS)
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_every_advantage_teaches(collected, advantage):
-    setting, train, graded, logprobs = collected
+    setup, train, rollout, inputs = collected
     options = OPTIONS.get(advantage, {})
     changes = {f"rl.advantage_options.{name}": value for name, value in options.items()}
-    config = configuration.changed(setting.config, {"rl.advantage": advantage, **changes})
-    setting = dataclasses.replace(setting, config=config)
-    inputs = train_rl.inputs_of(setting, graded, logprobs)
-    batch, _ = train_rl.make_batch(config, graded.rollout, inputs, unmoved=True)
-    after, (metrics,) = train_rl.update_policy(setting, state.copy(train), batch)
+    config = configuration.changed(setup.config, {"rl.advantage": advantage, **changes})
+    settings = rl_setup.advantage_settings(config)
+    assert settings.name == advantage
+    assert dict(settings.options) == options
+    advantages, _ = train_rl.make_advantages(settings, inputs, None)
+    after, (metrics,) = train_rl.update(setup, state.copy(train), rollout, inputs, advantages)
     assert metrics["update_skipped"] == 0
     # The masked step advantage alone says nothing while policy and reference are the same, and so
     # they stay the same: not even rounding may move the weights.
     assert differ(after.params, train.params) == (advantage != "masked_step")
+
+
+def test_metrics_of_process_rewards_are_those_of_the_advantage(collected):
+    """With its options: twice the spread, twice the metric."""
+    inputs = dataclasses.replace(collected[3], policy_logprobs=0.5 * collected[3].policy_logprobs)
+
+    def size(**options):
+        settings = AdvantageSettings("spro", FrozenDict(options))
+        return float(train_rl.make_advantages(settings, inputs, None)[1]["spro/msa_mean_absolute"])
+
+    one, two = size(process_std=0.1), size(process_std=0.2)
+    assert two == pytest.approx(2 * one, rel=1e-4)
+    assert size(return_clip=1e-3) < 0.1 * size()
+    assert size(baseline="pool") != size()
+
+
+def test_an_advantage_that_reads_what_it_does_not_name_is_refused_at_once(
+    config, tmp_path, monkeypatch
+):
+    """It would train on verdicts that are not there."""
+    reads = Advantage(lambda inputs: inputs.verdicts.sum() * inputs.mask)
+    monkeypatch.setitem(ADVANTAGES, "own", reads)
+    with pytest.raises(ConfigError, match=r"'own'.*says that it needs \[\]"):
+        run(config, tmp_path / "rl", {"rl.reward": "rule_based", "rl.advantage": "own"})
+    named = Advantage(reads.function, needs=frozenset({"verdicts"}))
+    monkeypatch.setitem(ADVANTAGES, "own", named)
+    with pytest.raises(ConfigError, match="'own' needs step verdicts"):
+        run(config, tmp_path / "rl", {"rl.reward": "rule_based", "rl.advantage": "own"})
+    assert not (tmp_path / "rl").exists()
 
 
 def test_another_reference_policy(config, tmp_path):
@@ -261,34 +313,8 @@ def test_packed_updates_are_the_unpacked_ones(runs):
 )
 def test_every_field_of_the_objective_reaches_the_update(config, field, value):
     """What each does there, `tests/training/test_policy.py` holds."""
-    settings = train_rl.update_settings(
-        configuration.changed(config, {f"rl.objective.{field}": value})
-    )
-    assert getattr(Objective(**settings["objective"]), field) == value
-
-
-def test_advantages_made_in_the_update_are_those_made_before_it(runs):
-    """With two micro-batches they are made before it. At first policy and reference are one, and
-    what SPRO adds is exactly 0."""
-    common = {"rl.reward": "rule_based", "rl.advantage": "spro"}
-    inside, before = (
-        read_metrics(runs(common | changes) / "metrics.jsonl")
-        for changes in ({}, {"rl.accumulation_steps": 2})
-    )
-    assert inside[1].keys() == before[1].keys()
-    assert inside[1]["spro/msa_mean_absolute"] == before[1]["spro/msa_mean_absolute"] == 0
-    assert inside[2]["spro/msa_mean_absolute"] > 0
-    for name in ("spro/msa_mean_absolute", "advantage/mean_absolute", "policy/loss"):
-        np.testing.assert_allclose(inside[2][name], before[2][name], rtol=1e-2, atol=1e-6)
-
-
-def test_no_update_where_every_group_is_filtered_out(config, tmp_path):
-    changes = {"rl.reward": "rule_based", "rl.filter_low": 0.999, "rl.filter_high": 0.9999}
-    run(config, tmp_path, changes)
-    assert not learned(tmp_path, config)
-    assert [row["policy/updates"] for row in read_metrics(tmp_path / "metrics.jsonl")[1:]] == [
-        0
-    ] * 3
+    changed = configuration.changed(config, {f"rl.objective.{field}": value})
+    assert getattr(Objective(**configuration.objective_fields(changed)), field) == value
 
 
 @pytest.mark.parametrize(
@@ -364,21 +390,22 @@ def test_one_step_off_policy_samples_before_the_updates_and_corrects_for_it(runs
 def test_one_step_off_policy_grades_while_it_samples(config, tmp_path, monkeypatch, ahead):
     """Graders that wait for the second rollout get it; on policy they wait in vain."""
     second_sampled, came = threading.Event(), []
-    grade, reward, sample = evaluate.is_right, REWARDS["rule_based"], rollouts.sample
+    grade, reward, sample = evaluate.is_right, REWARDS["rule_based"], train_rl.sample
 
     def after_the_second(work, *args):
         came.append(second_sampled.wait(60 if ahead else 0.1))
         return work(*args)
 
-    def noted(config, task, policy, problems, step):
-        made = sample(config, task, policy, problems, step)
+    def noted(setup, params, step, stopwatch):
+        made = sample(setup, params, step, stopwatch)
         if step == 2:
             second_sampled.set()
         return made
 
     monkeypatch.setattr(evaluate, "is_right", partial(after_the_second, grade))
-    monkeypatch.setitem(REWARDS, "rule_based", partial(after_the_second, reward))
-    monkeypatch.setattr(rollouts, "sample", noted)
+    own = dataclasses.replace(reward, function=partial(after_the_second, reward.function))
+    monkeypatch.setitem(REWARDS, "rule_based", own)
+    monkeypatch.setattr(train_rl, "sample", noted)
     run(config, tmp_path, {"rl.reward": "rule_based", "rl.one_step_off_policy": ahead})
     assert all(came) == ahead
 
@@ -413,11 +440,11 @@ def test_step_ids_of_tokens():
     text = r"<think> <step> 1: 7 +5 =2 </step> <step> 2: 2 +1 =3 </step> </think>"
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     sample = SampledText(text, (*ids, tokenizer.eos_token_id), True)
-    got = rollouts.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 18)
+    got = step_ids_of(tokenizer, [sample], 18)
     np.testing.assert_array_equal(got[0], [-1] + [0] * 6 + [1] * 6 + [-1] * 5)
     unclosed = tokenizer.encode("<think> <step> 1: 7", add_special_tokens=False)
     sample = SampledText("<think> <step> 1: 7", (*unclosed, tokenizer.eos_token_id), True)
-    got = rollouts.token_step_ids(tasks.load("arithmetic_chains"), tokenizer, [sample], 6)
+    got = step_ids_of(tokenizer, [sample], 6)
     np.testing.assert_array_equal(got[0], [-1, 0, 0, 0, -1, -1])  # the end is in no step
 
 

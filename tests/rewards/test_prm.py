@@ -8,7 +8,7 @@ import pytest
 
 from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.rewards import prm
-from spark_jax.rewards.records import NOT_CALLED, Judgement, RewardInputs
+from spark_jax.rewards.records import NOT_CALLED, Judgement, Reward, RewardInputs
 
 PROBLEM = Problem("p", "what?", "the reference")
 
@@ -181,9 +181,9 @@ def test_a_reward_refuses_judgements_of_the_wrong_kind_or_none(text_format, resp
     def batch(judgements):
         return RewardInputs([PROBLEM], [respond("1")], 1, text_format, np.ones(1, bool), judgements)
 
-    with pytest.raises(ValueError, match=r"step_average reward needs a reward model of kind"):
+    with pytest.raises(ValueError, match=r"needs a reward model of kind .*got \['orm'\]"):
         prm.REWARDS["step_average"](batch([Judgement("orm", 3, True)]))
-    with pytest.raises(ValueError, match=r"orm reward needs a reward model of kind \('orm',\)"):
+    with pytest.raises(ValueError, match=r"needs a reward model of kind \('orm',\), got \['prm'\]"):
         prm.REWARDS["orm"](batch([Judgement("prm", 3, True, (True,) * 3)]))
     with pytest.raises(ValueError, match="needs judgements"):
         prm.REWARDS["process_aware_outcome"](batch(None))
@@ -212,7 +212,7 @@ def test_only_rule_based_reads_the_reference(text_format, respond):
     problems = [Guarded("p", "q", "1")] * 4
     readers = set()
     for name, reward in prm.REWARDS.items():
-        kind = prm.REWARDS_THAT_JUDGE.get(name, ("prm",))[-1]
+        kind = (reward.judges or ("prm",))[-1]
         model = RewardModel(*["1: ok 2: bad 3: ok overall: Yes"] * 3)
         settings = SamplingSettings(max_new_tokens=77)
         judged = prm.judge(model, text_format, problems, responses, kind, settings, 5)
@@ -224,14 +224,33 @@ def test_only_rule_based_reads_the_reference(text_format, respond):
         except AssertionError as error:
             assert "reference was read" in str(error)  # noqa: PT017
             readers.add(name)
-    assert readers == {"rule_based"} == prm.REWARDS_THAT_NEED_REFERENCES
+    declared = {name for name, reward in prm.REWARDS.items() if reward.references}
+    assert readers == declared == {"rule_based"}
+
+
+def test_a_reward_is_handed_references_only_where_it_says_that_it_reads_them(text_format, respond):
+    def reads(batch):
+        return np.array([problem.answer is not None for problem in batch.problems], np.float32)
+
+    problems = [Problem("p", "q", "1")] * 2
+    batch = RewardInputs(problems, [respond("1")] * 2, 2, text_format, np.ones(2, bool))
+    assert Reward(reads)(batch).tolist() == [0, 0]
+    assert Reward(reads, references=True)(batch).tolist() == [1, 1]
+
+
+def test_the_rows_of_a_batchs_groups(text_format, respond):
+    responses = [respond(str(n)) for n in range(6)]
+    batch = RewardInputs([PROBLEM] * 6, responses, 2, text_format, np.arange(6) % 2 == 0)
+    part = batch.of_groups(1, 3)
+    assert list(part.responses) == responses[2:]
+    assert part.format_ok.tolist() == [True, False] * 2
 
 
 def test_every_reward_is_zero_where_the_format_is_broken(text_format, respond):
     responses = [respond("1")] * 4
     ok = np.array([True, False, True, False])
     for name, reward in prm.REWARDS.items():
-        kind = prm.REWARDS_THAT_JUDGE.get(name, ("prm",))[0]
+        kind = (reward.judges or ("prm",))[0]
         verdicts = () if kind == "orm" else (True,) * 3
         judgements = [Judgement(kind, 3, True, verdicts)] * 4
         problems = [Problem("p", "q", "1")] * 4

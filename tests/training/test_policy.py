@@ -8,7 +8,6 @@ import optax
 import pytest
 from tiny_model import CONFIG, params
 
-from spark_jax import advantages
 from spark_jax.scoring import response_logprobs_and_entropy
 from spark_jax.training import state as train_state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
@@ -239,63 +238,6 @@ def test_kl_needs_a_reference_and_is_reported_without_a_coefficient():
     assert float(metrics["kl"]) > 0
     with pytest.raises(ValueError, match=r"kl_coefficient is 0\.1, but ref_logprobs is None"):
         one_step(batch.replace(ref_logprobs=None), Objective(kl_coefficient=0.1))
-
-
-def spro_in_step(logprobs, given):
-    """The step's log-probs, or the reference's where the policy has not moved."""
-    rewards, ref_logprobs, mask, unmoved = given
-    policy = jnp.where(unmoved, ref_logprobs, logprobs)
-    made = advantages.spro(rewards, policy, ref_logprobs, mask, 2, beta=0.5, outcome_weight=0.0)
-    return made, {"largest": jnp.abs(made).max()}
-
-
-def stepped_in(batch, unmoved):
-    given = (jnp.arange(ROWS) / 4, batch.ref_logprobs, batch.mask, jnp.asarray(unmoved))
-    return batch.replace(advantages=None, advantage_inputs=given)
-
-
-def test_advantages_made_inside_the_step_are_those_made_before_it():
-    batch, objective = ragged_batch(), OBJECTIVES[0]
-    step = jax.jit(
-        partial(
-            policy_step,
-            model_config=CONFIG,
-            optimizer=SGD,
-            objective=objective,
-            advantage_function=spro_in_step,
-        )
-    )
-    state = train_state.create(params(), SGD, jax.random.key(0))
-    inside, metrics = step(state, stepped_in(batch, False))
-    made, extra = jax.jit(spro_in_step)(
-        score(params(), batch)[0], stepped_in(batch, False).advantage_inputs
-    )
-    before, expected = one_step(batch.replace(advantages=made), objective)
-    assert float(metrics.pop("largest")) == pytest.approx(float(extra["largest"]), rel=1e-4)
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), inside.params, before.params
-    )
-    # The reference itself: what SPRO adds is exactly 0, whatever the rounding of the two passes.
-    _, metrics = step(state, stepped_in(batch, True))
-    assert float(metrics["largest"]) == 0
-
-
-def test_advantages_inside_the_step_need_all_rows_together():
-    batch = stepped_in(ragged_batch(), False)
-    state = train_state.create(params(), SGD, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"accumulation_steps=2 and the batch is a PolicyBatch"):
-        policy_step(
-            state,
-            batch,
-            model_config=CONFIG,
-            optimizer=SGD,
-            objective=Objective(),
-            accumulation_steps=2,
-            advantage_function=spro_in_step,
-        )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from spark_jax.experiments import programs
+from spark_jax.training import programs
 
 
 def test_threads_that_begin_at_once_share_what_one_of_them_makes():
