@@ -31,7 +31,7 @@ def optimizer(**fields: object) -> ConfigDict:
 
 
 def task_options() -> ConfigDict:
-    """Where problems come from and how they speak: see `spark_jax.data.tasks.TaskOptions`. None
+    """Where problems come from and how they speak: see `spark_jax.tasks.TaskOptions`. None
     leaves the task's own choice; an option that a task does not read is refused."""
     return ConfigDict(
         dict(

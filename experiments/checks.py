@@ -13,10 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spark_jax import decoding
+from spark_jax import decoding, tasks
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs
-from spark_jax.configs.model_shapes import MODEL_SHAPES
-from spark_jax.data import tasks
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.evaluation.benchmarks import ANSWER_FROM
 from spark_jax.experiments import configuration, loading
@@ -24,10 +22,11 @@ from spark_jax.experiments.configuration import Config, ConfigError, make_or_ref
 from spark_jax.models import checkpoints
 from spark_jax.models import config as model_config
 from spark_jax.models.config import ATTENTION, PROJECTIONS, ModelConfig
-from spark_jax.parallel import mesh as meshes
+from spark_jax.models.mesh import check_fits
+from spark_jax.models.published_shapes import MODEL_SHAPES
 from spark_jax.prm.evaluate import JUDGE_KINDS
+from spark_jax.response_format import FORMAT_CHECKS, MAX_STEPS
 from spark_jax.rewards import monitor
-from spark_jax.rewards.format import FORMAT_CHECKS, MAX_STEPS
 from spark_jax.rewards.prm import REWARDS
 from spark_jax.training import optimizer
 from spark_jax.training.policy import Objective
@@ -62,7 +61,7 @@ def check_mesh(
 ) -> None:
     """`config.mesh` against the devices, the rows of a batch that are to be spread (`made_of` says
     which fields' product they are), and the shape of a model. Shapes of hub ids are those of
-    `configs/model_shapes.py`; of a model that is not there either, when it is loaded, before its
+    `models.published_shapes`; of a model that is not there either, when it is loaded, before its
     weights are."""
     mesh = configuration.make_mesh(config)
     if mesh is None:
@@ -70,7 +69,7 @@ def check_mesh(
     of, shape = f"mesh and {field}={name!r}", _known_config(name)
     if made_of:
         of += f", batch of {made_of}"
-    make_or_refuse(of, lambda: meshes.check_fits(mesh, batch=rows, config=shape))
+    make_or_refuse(of, lambda: check_fits(mesh, batch=rows, config=shape))
 
 
 def check_stage1(config: Config, *, on_mesh: bool = True) -> None:
@@ -345,7 +344,7 @@ def model_exists(field: str, name: str) -> None:
 def _known_config(name: str) -> ModelConfig | None:
     """The shape of a model that is here already or well known, None of another one."""
     if name == "arithmetic_chains":
-        from spark_jax.data.arithmetic_chains import base
+        from spark_jax.tasks.arithmetic_chains import base
 
         return checkpoints.read_config(base.PATH)
     if name == loading.SMOLLM2 or Path(name).exists():

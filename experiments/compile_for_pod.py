@@ -14,7 +14,7 @@ arguments, temporaries, output, what else lies there at that time, collectives, 
 estimate of its time. The same, with more, goes to a JSON file. `--search` tries every mesh that
 divides the topology, with the axes of `--mesh` as they are, and ranks those that fit; `--plan` adds
 what stage I would take, over the best of them.
-The models are not fetched: shapes come from checkpoint folders, `configs/model_shapes.py` or the
+The models are not fetched: shapes come from checkpoint folders, `models.published_shapes` or the
 hub. A program takes half a minute to several minutes and up to a few GiB of memory.
 """
 

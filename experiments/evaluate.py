@@ -40,7 +40,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from spark_jax.data import tasks
+from spark_jax import response_format, tasks
 from spark_jax.data.formats import Sample, TextFormat
 from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.decoding.generate import ladder
@@ -54,7 +54,6 @@ from spark_jax.parallel import processes, sharding
 from spark_jax.prm.evaluate import Judge, JudgeKind, evaluate_reward_model
 from spark_jax.prm.processbench import evaluate_processbench
 from spark_jax.reports import benchmarks as tables
-from spark_jax.rewards import format as response_format
 from spark_jax.scoring import token_logprobs
 from spark_jax.steps import step_texts
 from spark_jax.text_generation import SampledText, TextModel, longest_prompt, text_sampler

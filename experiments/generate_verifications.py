@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import checks, configuration, launch, loading

@@ -8,8 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spark_jax import decoding, tokenizers
-from spark_jax.data import tasks
+from spark_jax import decoding, tasks, tokenizers
 from spark_jax.experiments import configuration
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.models import checkpoints, transformer
@@ -35,7 +34,7 @@ def load_model(name: str, *, dtype: str = "float32", compute_dtype: str | None =
     in scope, computing in `compute_dtype`, the same where not given."""
     with _LOADING:
         if name == "arithmetic_chains":
-            from spark_jax.data.arithmetic_chains import base
+            from spark_jax.tasks.arithmetic_chains import base
 
             params, config, tokenizer = base.load(mesh=spread.mesh())
             return Loaded(params, config, tokenizer, (tokenizer.eos_token_id,))

@@ -19,8 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spark_jax import decoding
-from spark_jax.configs.model_shapes import MODEL_SHAPES
-from spark_jax.data.arithmetic_chains import base
 from spark_jax.decoding import decoder
 from spark_jax.decoding.generate import prepare
 from spark_jax.experiments import configuration, loading, rl_setup, sft
@@ -28,6 +26,7 @@ from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.models import config as model_config
 from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.models.published_shapes import MODEL_SHAPES
 from spark_jax.parallel.sharding import (
     batch_sharding,
     batch_shards,
@@ -35,6 +34,7 @@ from spark_jax.parallel.sharding import (
     replicated,
 )
 from spark_jax.rewards.prm import REWARDS
+from spark_jax.tasks.arithmetic_chains import base
 from spark_jax.text_generation import longest_prompt
 from spark_jax.training import state
 from spark_jax.training.packing import pack_policy_batch
@@ -84,7 +84,7 @@ def programs(config: Config, mesh: Mesh) -> list[Program]:
 
 def model_shape(config: Config, name: str) -> ModelConfig:
     """The shape of a model by its name: that of a checkpoint folder, of a model that ships, of
-    `configs.model_shapes`, or of the `config.json` on the hub, in this order."""
+    `models.published_shapes`, or of the `config.json` on the hub, in this order."""
     file = Path(name) / "config.json"
     if name == "arithmetic_chains":
         file = Path(base.__file__).parent / "base" / "config.json"
@@ -349,6 +349,6 @@ def _from_hub(name: str) -> dict[str, Any]:
         return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
     except Exception as error:
         raise ConfigError(
-            f"model {name!r}: no folder with a config.json, none of configs/model_shapes.py, and "
+            f"model {name!r}: no folder with a config.json, none of models.published_shapes, and "
             f"its config.json cannot be fetched from the hub: {error}"
         ) from error

@@ -1,6 +1,6 @@
 """Makes the embedded world's base model: generator, verifier and start of every reward model.
 
-    python -m spark_jax.experiments.pretrain --output=spark_jax/data/arithmetic_chains/base
+    python -m spark_jax.experiments.pretrain --output=spark_jax/tasks/arithmetic_chains/base
 
 About five minutes on two busy cores (300 CPU-seconds). The same seed gives the same checkpoint,
 bit for bit, on one platform. Seed 0, sampled at temperature 1 on 3 · 256 problems it was not
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from spark_jax.data.arithmetic_chains import corpus, world
-from spark_jax.data.arithmetic_chains.format import FORMAT
-from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import SamplingSettings, Verification
 from spark_jax.experiments import loading
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.tasks.arithmetic_chains import corpus, world
+from spark_jax.tasks.arithmetic_chains.format import FORMAT
+from spark_jax.tasks.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.text_generation import text_sampler
 from spark_jax.training import optimizer, sft, state
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
+from spark_jax import tasks
 from spark_jax.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings
-from spark_jax.data import tasks
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Verification
 from spark_jax.experiments import evaluate, rl_setup
@@ -23,8 +23,8 @@ from spark_jax.parallel import processes
 from spark_jax.prm.soft_score import soft_scores
 from spark_jax.reports import rollouts
 from spark_jax.reports.rollouts import Group, Response, RolloutRecord
+from spark_jax.response_format import format_checks, valid_part
 from spark_jax.rewards import monitor
-from spark_jax.rewards.format import format_checks, valid_part
 from spark_jax.rewards.prm import Judged
 from spark_jax.rewards.records import Judgement
 from spark_jax.steps import token_offsets

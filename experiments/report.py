@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.data.records import Problem, Solution, VerifiedSolution, read_jsonl
 from spark_jax.reports import full_study, page, rollouts, runs, tables
 from spark_jax.reports.benchmarks import Table

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spark_jax import decoding
+from spark_jax import decoding, tasks
 from spark_jax.advantages import AdvantageInputs, ProcessRewards, zero_variance_groups
-from spark_jax.data import tasks
 from spark_jax.data.records import Problem
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.experiments import evaluate

@@ -15,8 +15,8 @@ from typing import Any
 import optax
 from flax.core import FrozenDict
 
+from spark_jax import tasks
 from spark_jax.advantages import ADVANTAGES, AdvantageSettings
-from spark_jax.data import tasks
 from spark_jax.data.batches import BatchOrder, batch_order
 from spark_jax.data.formats import Sample, TextFormat
 from spark_jax.data.records import Problem

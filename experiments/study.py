@@ -21,7 +21,6 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.experiments import (
     checks,
     configuration,
@@ -38,6 +37,7 @@ from spark_jax.experiments.progress import Job, Jobs, OnProgress, bars
 from spark_jax.models import checkpoints
 from spark_jax.reports import full_study, plots
 from spark_jax.rewards.prm import REWARDS
+from spark_jax.tasks.arithmetic_chains.tokenizer import load_tokenizer
 
 VOTING = ("single", "outcome_consistency", "step_consistency")
 FEWER = 2  # seeds of what is no headline

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.experiments import (
     checks,
     configuration,
@@ -25,10 +25,10 @@ from spark_jax.experiments import (
 from spark_jax.experiments.configuration import Config
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
-from spark_jax.prm.targets import TrainingPair, aggregated_by, training_pairs
 from spark_jax.reports import plots
 from spark_jax.training.run_folder import RunFolder
 from spark_jax.verification.aggregate import balance
+from spark_jax.verification.targets import TrainingPair, aggregated_by, training_pairs
 
 
 @configuration.on_mesh

@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spark_jax import decoding
+from spark_jax import decoding, tasks
 from spark_jax.advantages import (
     ADVANTAGES,
     AdvantageInputs,
     AdvantageSettings,
     dynamic_sampling_mask,
 )
-from spark_jax.data import tasks
 from spark_jax.data.records import Problem, SamplingSettings
 from spark_jax.experiments import (
     checks,
@@ -50,7 +49,7 @@ from spark_jax.experiments.rl_setup import Setup
 from spark_jax.experiments.rl_state import Graded, RLState, Sampled
 from spark_jax.parallel import processes, sharding
 from spark_jax.reports import plots
-from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.response_format import MAX_STEPS
 from spark_jax.rewards.prm import REWARDS, judge
 from spark_jax.rewards.records import RewardInputs
 from spark_jax.text_generation import (

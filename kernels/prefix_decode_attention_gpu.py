@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from spark_jax.kernels.prefix_decode_attention import EMPTY, FLOOR, MASKED
+from spark_jax.kernels.prefix_decode_attention_xla import EMPTY, FLOOR, MASKED
 
 _LEAST = 16  # rows, columns and depth of a matrix product
 _QUERIES, _COLUMNS = 64, 64  # a tile of scores, at most

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from spark_jax.kernels.prefix_decode_attention import EMPTY, FLOOR, MASKED
+from spark_jax.kernels.prefix_decode_attention_xla import EMPTY, FLOOR, MASKED
 
 _MIB = 2**20
 _SLOTS = 32  # that a program deals with at once

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from spark_jax.data.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains import world
 from spark_jax.verification.aggregate import AGGREGATIONS
 
 # The demo a thousand times smaller. Prompts are padded to one length, and stages ask for as many

@@ -1,5 +1,7 @@
 """What importing costs and needs. Each test asks a fresh interpreter."""
 
+import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -42,6 +44,72 @@ def modules():
 def array_core():
     prefixes = tuple(f"spark_jax.{name}" for name in (*ARRAY_CORE, "rewards.process"))
     return [name for name in modules() if name.startswith(prefixes)]
+
+
+# Folder (or module beside the folders) → those it may import, by any import statement, inside
+# functions too. `experiments` may import all but `configs`, which are read by path.
+ARROWS = {
+    "losses": [],
+    "steps": [],
+    "response_format": ["steps"],
+    "parallel": [],
+    "data": [],
+    "advantages": ["rewards.process"],
+    "kernels": ["parallel"],
+    "models": ["kernels", "parallel"],
+    "scoring": ["kernels", "models", "parallel"],
+    "decoding": ["models", "parallel"],
+    "evaluation": ["data", "response_format"],
+    "tokenizers": ["data", "models"],
+    "text_generation": ["data", "decoding", "models", "steps"],
+    "verification": ["data", "evaluation", "response_format", "steps"],
+    "tasks": ["data", "evaluation", "models", "response_format", "steps", "verification"],
+    "rewards": ["data", "evaluation", "response_format", "steps"],
+    "prm": ["data", "evaluation", "response_format", "rewards", "verification"],
+    "training": ["losses", "models", "parallel", "scoring"],
+    "reports": [
+        "data", "evaluation", "response_format", "rewards", "steps", "tasks", "training",
+        "verification",
+    ],
+}  # fmt: skip
+ARROWS["experiments"] = list(ARROWS)
+ARROWS["configs"] = ["experiments"]
+
+
+def imports(file):
+    """What a file imports of the project, whole or inside a function, as folder or module."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spark_jax"):
+            for name in node.names:
+                yield f"{node.module}.{name.name}".removeprefix("spark_jax.")
+        elif isinstance(node, ast.Import):
+            yield from (
+                name.name.removeprefix("spark_jax.")
+                for name in node.names
+                if name.name.startswith("spark_jax.")
+            )
+
+
+def test_no_folder_imports_another_that_imports_it():
+    """Every arrow between folders is one of `ARROWS`, which has no circle."""
+    found = {}
+    for package, folder in packages().items():
+        for file in folder.glob("*.py"):
+            own = f"{package}.{file.stem}".removeprefix("spark_jax.").split(".")[0]
+            for target in imports(file):
+                if target.split(".")[0] not in (own, "spark_jax"):
+                    found.setdefault((own, target), []).append(file.name)
+    wrong = {
+        arrow: files
+        for arrow, files in found.items()
+        if not any(f"{arrow[1]}.".startswith(f"{allowed}.") for allowed in ARROWS[arrow[0]])
+    }
+    assert wrong == {}
+    graph = {
+        name: [target.split(".")[0] for target in targets if target != "rewards.process"]
+        for name, targets in ARROWS.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def ask(code, *arguments, cwd=ROOT, **environment):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = (".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-BASE = "spark_jax/data/arithmetic_chains/base"
+BASE = "spark_jax/tasks/arithmetic_chains/base"
 
 
 def run(*command, cwd):
@@ -105,7 +105,7 @@ specs = {name: importlib.util.find_spec(name) for name in own}
 from importlib.resources import files
 folder = files("spark_jax.configs").joinpath("prompts")
 prompts = {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith(".txt")}
-from spark_jax.data.arithmetic_chains import base
+from spark_jax.tasks.arithmetic_chains import base
 params, config, tokenizer = base.load()
 print(json.dumps([places, [n for n, s in specs.items() if s], prompts, config.vocab_size]))
 """

@@ -21,7 +21,7 @@ from spark_jax.models.cache import Segment
 from spark_jax.models.config import ModelConfig
 from spark_jax.models.dot import dot
 from spark_jax.models.layers import FusedLayer, Layer
-from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.response_format import MAX_STEPS
 from spark_jax.training import optimizer, state
 from spark_jax.training.policy import Objective, PolicyBatch, policy_step
 from spark_jax.training.sft import SFTBatch, sft_step

@@ -20,7 +20,7 @@ from spark_jax.data.resumable import Chunk, OnProgress, continue_file, in_chunks
 from spark_jax.evaluation.grading import in_threads
 from spark_jax.evaluation.intervals import Interval, bootstrap_interval
 from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
-from spark_jax.rewards.format import format_ok, valid_part
+from spark_jax.response_format import format_ok, valid_part
 
 # The six of SPARK (arXiv 2512.03244): names of tasks.
 BENCHMARKS = ("math500", "aime24", "aime25", "amc23", "olympiadbench", "minerva")
@@ -113,7 +113,7 @@ def read_answer(text_format: TextFormat, text: str, answer_from: AnswerFrom) -> 
     """The answer that counts in a response.
 
     "format", as in training: that in the valid part, None where the response breaks the format
-    (`rewards.format.FORMAT_CHECKS`). "last_boxed", for models that were never taught the format:
+    (`response_format.FORMAT_CHECKS`). "last_boxed", for models that were never taught the format:
     the last box of the whole text.
     """
     if answer_from == "last_boxed":

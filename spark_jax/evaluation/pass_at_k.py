@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float64
 
 from spark_jax.data.formats import SameAnswer
 from spark_jax.evaluation.grading import in_threads
-from spark_jax.rewards.outcome import majority_answer
 
 
 def avg_at_k(correct: Bool[np.ndarray, "P k"]) -> Float64[np.ndarray, "P"]:
@@ -54,6 +53,27 @@ def maj_at_k(
         return same_answer(majority_answer(group, same_answer), reference)
 
     return np.array(in_threads(grade, answers, references), np.float64)
+
+
+def majority_answer(answers: Sequence[str | None], same_answer: SameAnswer) -> str | None:
+    """The answer given most often, as its first giver wrote it; None if nobody answered.
+
+    Answers that are the same as the first of a class belong to that class. A tie goes to the class
+    that appeared first. None never wins.
+    """
+    classes: list[str] = []
+    counts: list[int] = []
+    for answer in answers:
+        if answer is None:
+            continue
+        for i, first in enumerate(classes):
+            if same_answer(answer, first):
+                counts[i] += 1
+                break
+        else:
+            classes.append(answer)
+            counts.append(1)
+    return classes[counts.index(max(counts))] if classes else None
 
 
 def _need_samples(correct: Bool[np.ndarray, "P k"]) -> None:

@@ -1,4 +1,4 @@
-"""The mesh of devices that a run spans, and what fits it.
+"""The mesh of devices that a run spans.
 
 A program finds its mesh in jax's own scope, `with jax.set_mesh(mesh):`; where none is set, it runs
 on one device.
@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
-from spark_jax.models.config import ModelConfig
-from spark_jax.parallel.sharding import MESH_AXES, REPLICATED_WHERE_FEWER, RULES
+from spark_jax.parallel.sharding import MESH_AXES
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -53,40 +52,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
             allow_split_physical_axes=True,
         )
     return Mesh(np.asarray(array), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def check_fits(mesh: Mesh | AbstractMesh, *, batch: int | None, config: ModelConfig | None) -> None:
-    """Refuses a mesh that does not divide what is to be spread over it.
-
-    `batch` is the rows of a batch, or of a micro-batch where gradients are accumulated; None checks
-    the model alone, and `config` None the batch alone. KV heads fewer than `tensor` are held by
-    every device whole.
-
-    Raises:
-      ValueError: naming every length that its mesh axes do not divide, with both numbers and the
-        sizes that would do.
-    """
-    lengths: dict[tuple[str, str], int | None] = {("batch", "batch"): batch}
-    if config is not None:
-        lengths |= {
-            ("heads", "num_heads"): config.num_heads,
-            ("kv_heads", "num_kv_heads"): config.num_kv_heads,
-            ("mlp", "mlp_width"): config.mlp_width,
-            ("vocab", "vocab_size"): config.vocab_size,
-            ("width", "width"): config.width,
-        }
-    wrong = []
-    for (name, label), length in lengths.items():
-        axes = RULES[name] or ()
-        devices = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-        if length is None or (name in REPLICATED_WHERE_FEWER and length < devices):
-            continue
-        if length % devices:
-            fitting = [n for n in range(1, devices + 1) if length % n == 0]
-            spread = "*".join(axes)
-            wrong.append(f"{label}={length} over {spread}={devices} (choose {spread} in {fitting})")
-    if wrong:
-        raise ValueError(f"mesh {dict(mesh.shape)} does not divide " + "; ".join(wrong))
 
 
 def _sizes(axes: Mapping[str, int], devices: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from spark_jax.data.records import Problem, SamplingSettings, Solution, Verifica
 from spark_jax.evaluation import processbench
 from spark_jax.evaluation.roc import area_under_roc
 from spark_jax.prm.soft_score import soft_scores
-from spark_jax.rewards.format import valid_part
+from spark_jax.response_format import valid_part
 from spark_jax.rewards.prm import ask
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def evaluate_reward_model(
         problems: those of the solutions, in any order; shown without their reference answers.
         solutions: with `correct` and `step_labels` where they are known; those without count in no
             score that needs them. Their text must be what a reward model is shown,
-            `rewards.format.valid_part`, so that the labels are of that same text.
+            `response_format.valid_part`, so that the labels are of that same text.
 
     Returns: JSON values, those of `judgement_scores` and num_solutions.
 
@@ -376,12 +376,12 @@ def _unfit(text_format: TextFormat, solution: Solution, known: set[str]) -> str 
     if valid_part(solution.text) != solution.text:
         return (
             "its text goes on after </answer>, which no reward model is shown; cut it with "
-            "rewards.format.valid_part, then label it"
+            "response_format.valid_part, then label it"
         )
     num_steps = len(text_format.split_steps(solution.text))
     if solution.step_labels is not None and len(solution.step_labels) != num_steps:
         return (
             f"step_labels={solution.step_labels} for a text of {num_steps} steps; fill in one "
-            "label a step (data.tasks.with_labels), or None where they are unknown"
+            "label a step (tasks.with_labels), or None where they are unknown"
         )
     return None

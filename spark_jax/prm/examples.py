@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spark_jax.prm.targets import TrainingPair
+from spark_jax.verification.targets import TrainingPair
 
 logger = logging.getLogger(__name__)
 

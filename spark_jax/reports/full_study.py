@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.data.records import Solution, Verification, VerifiedSolution, read_jsonl
 from spark_jax.evaluation.intervals import paired_permutation_test
 from spark_jax.reports import study

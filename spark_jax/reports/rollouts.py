@@ -28,8 +28,8 @@ from spark_jax.data.records import (
     from_json,
     to_json,
 )
+from spark_jax.response_format import format_checks
 from spark_jax.rewards import monitor
-from spark_jax.rewards.format import format_checks
 from spark_jax.steps import STEP_CLOSE, STEP_OPEN
 from spark_jax.verification.aggregate import AGGREGATIONS
 

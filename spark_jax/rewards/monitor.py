@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spark_jax.rewards.format import MAX_STEPS, MIN_STEPS, nothing_after_answer
+from spark_jax.response_format import MAX_STEPS, MIN_STEPS, nothing_after_answer
 from spark_jax.rewards.records import Judgement
 
 Row = Mapping[str, Any]  # the metrics of one step, `step` among them, as in metrics.jsonl

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32
 
-from spark_jax.data.formats import SameAnswer
 from spark_jax.evaluation.grading import in_threads
-from spark_jax.rewards.format import valid_part
+from spark_jax.evaluation.pass_at_k import majority_answer
+from spark_jax.response_format import valid_part
 from spark_jax.rewards.records import RewardInputs
 
 
@@ -48,27 +48,6 @@ def random(batch: RewardInputs) -> Float32[np.ndarray, "B"]:
     """
     draws = np.random.default_rng(batch.seed).random(len(batch.responses)) < 0.5
     return (draws & batch.format_ok).astype(np.float32)
-
-
-def majority_answer(answers: Sequence[str | None], same_answer: SameAnswer) -> str | None:
-    """The answer given most often, as its first giver wrote it; None if nobody answered.
-
-    Answers that are the same as the first of a class belong to that class. A tie goes to the class
-    that appeared first. None never wins.
-    """
-    classes: list[str] = []
-    counts: list[int] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        for i, first in enumerate(classes):
-            if same_answer(answer, first):
-                counts[i] += 1
-                break
-        else:
-            classes.append(answer)
-            counts.append(1)
-    return classes[counts.index(max(counts))] if classes else None
 
 
 def _by_group(

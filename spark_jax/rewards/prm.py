@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float32, Int8, Int32
 
 from spark_jax.data.formats import RewardKind, Sample, TextFormat
 from spark_jax.data.records import ParseFailure, Problem, SamplingSettings
-from spark_jax.rewards import outcome
-from spark_jax.rewards.format import (
+from spark_jax.response_format import (
     FORMAT_CHECKS,
     MAX_STEPS,
     MIN_STEPS,
@@ -25,6 +24,7 @@ from spark_jax.rewards.format import (
     step_count_ok,
     valid_part,
 )
+from spark_jax.rewards import outcome
 from spark_jax.rewards.records import NOT_CALLED, Judgement, Reward, RewardInputs
 
 # --- r from judgements ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32
 
 from spark_jax.data.formats import RewardKind, TextFormat
 from spark_jax.data.records import Problem
-from spark_jax.rewards.format import MAX_STEPS, MIN_STEPS
+from spark_jax.response_format import MAX_STEPS, MIN_STEPS
 
 
 @dataclasses.dataclass(frozen=True)

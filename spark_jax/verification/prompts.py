@@ -21,8 +21,7 @@ from pathlib import Path
 from spark_jax.data.formats import RewardKind, SameAnswer, TextFormat
 from spark_jax.data.records import Problem
 from spark_jax.evaluation.grading import same_answer
-from spark_jax.prm.targets import canonical_target, parse_canonical_judgement
-from spark_jax.rewards.format import final_answer
+from spark_jax.response_format import final_answer
 from spark_jax.steps import (
     StepSpan,
     blank_line_steps,
@@ -31,6 +30,7 @@ from spark_jax.steps import (
     tagged_steps,
 )
 from spark_jax.verification.parse import parse_verification, verification_body
+from spark_jax.verification.targets import canonical_target, parse_canonical_judgement
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spark_jax import steps
 from spark_jax.evaluation import processbench
 from spark_jax.evaluation.intervals import bootstrap_interval
-from spark_jax.rewards.format import valid_part
+from spark_jax.response_format import valid_part
 
 SAMPLE = {
     "id": "a-0",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.data.records import Problem, SamplingSettings, read_jsonl
 from spark_jax.evaluation.benchmarks import Answered, Response
 from spark_jax.experiments import checks, configuration, evaluate, loading

@@ -14,7 +14,6 @@ import tokenizers as hf
 from experiment_runs import Stop, metric_rows, stop_at, weights
 from transformers import PreTrainedTokenizerFast
 
-from spark_jax.data import word_problems
 from spark_jax.data.records import Example, append_jsonl
 from spark_jax.evaluation.processbench import ProcessBenchSample
 from spark_jax.experiments import (
@@ -30,6 +29,7 @@ from spark_jax.experiments import (
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import checkpoints, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.tasks import word_problems
 from spark_jax.text_generation import SampledText
 
 TEMPLATE = (

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from experiment_runs import Stop, metric_rows, stop_at
 
+from spark_jax import tasks
 from spark_jax.advantages import grpo
-from spark_jax.data import tasks
-from spark_jax.data.arithmetic_chains import world
 from spark_jax.experiments import configuration, recording, report, train_rl
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.reports import rollouts
+from spark_jax.response_format import format_checks, valid_part
 from spark_jax.rewards import monitor
-from spark_jax.rewards.format import format_checks, valid_part
 from spark_jax.rewards.prm import Judged
 from spark_jax.rewards.records import Judgement
+from spark_jax.tasks.arithmetic_chains import world
 from spark_jax.training.metrics import read_metrics
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
 
-from spark_jax.data import tasks
+from spark_jax import tasks
 from spark_jax.data.records import Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import (
     configuration,

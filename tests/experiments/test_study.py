@@ -10,10 +10,10 @@ from experiment_runs import TINY, Stop
 from ml_collections import ConfigDict
 from PIL import Image
 
-from spark_jax.data.arithmetic_chains import base, world
 from spark_jax.data.records import Verification, VerifiedSolution, read_jsonl
 from spark_jax.experiments import configuration, loading, study, train_rl
 from spark_jax.experiments.configuration import ConfigError
+from spark_jax.tasks.arithmetic_chains import base, world
 
 SPRO_FAR = dict(
     reward="rule_based", advantage="spro", advantage_options=dict(beta=1.0, return_clip=0.5)

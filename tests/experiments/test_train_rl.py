@@ -16,13 +16,13 @@ from compilations import Compilations
 from experiment_runs import Stop, corrupt_references, metric_rows, stop_at, weights
 from flax.core import FrozenDict
 
+from spark_jax import tasks
 from spark_jax.advantages import ADVANTAGES, Advantage, AdvantageInputs, AdvantageSettings
-from spark_jax.data import tasks
 from spark_jax.data.records import SamplingSettings
 from spark_jax.experiments import configuration, evaluate, loading, rl_log, rl_setup, train_rl
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.models import transformer
-from spark_jax.rewards.format import MAX_STEPS
+from spark_jax.response_format import MAX_STEPS
 from spark_jax.rewards.prm import REWARDS, judge
 from spark_jax.text_generation import SampledText, encode, token_step_ids
 from spark_jax.training import spread, state

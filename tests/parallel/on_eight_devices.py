@@ -11,6 +11,7 @@ from tiny_model import params as tiny_params
 
 from spark_jax.models import checkpoints, placement, transformer
 from spark_jax.models.config import ModelConfig
+from spark_jax.models.mesh import check_fits
 from spark_jax.parallel import mesh as meshes
 from spark_jax.parallel import sharding
 from spark_jax.training import optimizer, state
@@ -180,8 +181,8 @@ def test_several_slices_are_spanned_by_data():
 
 def test_what_does_not_fit_a_mesh_is_named_with_its_numbers():
     mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
-    meshes.check_fits(mesh, batch=6, config=CONFIG)
-    meshes.check_fits(mesh, batch=None, config=dataclasses.replace(CONFIG, num_kv_heads=2))
+    check_fits(mesh, batch=6, config=CONFIG)
+    check_fits(mesh, batch=None, config=dataclasses.replace(CONFIG, num_kv_heads=2))
     for batch, change, message in (
         (7, {}, r"batch=7 over data\*fsdp=2 \(choose data\*fsdp in \[1\]\)"),
         (6, {"num_heads": 6, "num_kv_heads": 2}, r"num_heads=6 over tensor=4.*\[1, 2, 3\]"),
@@ -189,10 +190,10 @@ def test_what_does_not_fit_a_mesh_is_named_with_its_numbers():
         (6, {"vocab_size": 23, "mlp_width": 30}, r"mlp_width=30.*vocab_size=23"),
     ):
         with pytest.raises(ValueError, match=message):
-            meshes.check_fits(mesh, batch=batch, config=dataclasses.replace(CONFIG, **change))
+            check_fits(mesh, batch=batch, config=dataclasses.replace(CONFIG, **change))
     wrong = jax.sharding.AbstractMesh((3,), ("fsdp",))
     with pytest.raises(ValueError, match=r"width=16 over fsdp=3"):
-        meshes.check_fits(wrong, batch=None, config=CONFIG)
+        check_fits(wrong, batch=None, config=CONFIG)
 
 
 def test_constraints_bind_values_and_gradients_on_the_mesh_in_scope():

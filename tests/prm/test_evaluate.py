@@ -10,11 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.arithmetic_chains.format import FORMAT
-from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.data.records import Problem, SamplingSettings, Solution
 from spark_jax.prm.evaluate import Judge, evaluate_reward_model, judge_format
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains.format import FORMAT
+from spark_jax.tasks.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import CANONICAL
 

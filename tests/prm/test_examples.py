@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jax.prm.examples import tokenize_examples
-from spark_jax.prm.targets import TrainingPair
+from spark_jax.verification.targets import TrainingPair
 
 
 def test_tokens_and_mask_are_exactly_these(tokenizer):

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rollout_records import HOSTILE, record
 
-from spark_jax.data.arithmetic_chains import base
 from spark_jax.data.records import (
     Aggregated,
     ParseFailure,
@@ -21,6 +20,7 @@ from spark_jax.data.records import (
 )
 from spark_jax.reports import rollouts
 from spark_jax.steps import token_offsets
+from spark_jax.tasks.arithmetic_chains import base
 
 
 def assert_same(one, other):

@@ -6,7 +6,7 @@ import pytest
 
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import ParseFailure, Verification
-from spark_jax.rewards.format import final_answer
+from spark_jax.response_format import final_answer
 from spark_jax.steps import tagged_steps
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.data.records import ParseFailure, Problem
-from spark_jax.rewards.format import format_ok
+from spark_jax.response_format import format_ok
 from spark_jax.steps import blank_line_steps, numbered_steps, tagged_steps
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import (

@@ -15,8 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.arithmetic_chains.world import (
+from spark_jax.data.formats import RewardKind, TextFormat
+from spark_jax.data.records import ParseFailure, Problem, Verification
+from spark_jax.steps import tagged_steps
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains.world import (
     ANSWER_NOW,
     CORRECT,
     CRITIQUE,
@@ -31,9 +34,6 @@ from spark_jax.data.arithmetic_chains.world import (
     VERIFY,
     YES,
 )
-from spark_jax.data.formats import RewardKind, TextFormat
-from spark_jax.data.records import ParseFailure, Problem, Verification
-from spark_jax.steps import tagged_steps
 
 REWARD_MARKERS: dict[RewardKind, str] = {"orm": VERDICT, "prm": JUDGE, "prm_cot": VERIFY}
 

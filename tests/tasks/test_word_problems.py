@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from spark_jax.data import word_problems as words
+from spark_jax.tasks import word_problems as words
 from spark_jax.verification.parse import parse_verification
 from spark_jax.verification.prompts import CANONICAL
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spark_jax.data.arithmetic_chains.world import EOS, PAD, VOCABULARY
+from spark_jax.tasks.arithmetic_chains.world import EOS, PAD, VOCABULARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

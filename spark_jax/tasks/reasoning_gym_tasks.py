@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from spark_jax.data.formats import TextFormat
-from spark_jax.data.problem_sets import SPLITS, Split
 from spark_jax.data.problems import question_key
 from spark_jax.data.records import Problem
+from spark_jax.tasks.problem_sets import SPLITS, Split
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
+from spark_jax.tasks.arithmetic_chains.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

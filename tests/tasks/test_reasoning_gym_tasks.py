@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from spark_jax.data import reasoning_gym_tasks as gym
 from spark_jax.data.problems import question_key
-from spark_jax.data.tasks import TaskOptions, load
+from spark_jax.tasks import TaskOptions, load
+from spark_jax.tasks import reasoning_gym_tasks as gym
 from spark_jax.verification.prompts import CANONICAL
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from spark_jax.data.formats import TextFormat
-from spark_jax.data.problem_sets import PROBLEM_SETS, DataOptions, Split, splits
 from spark_jax.data.records import Example, Problem, Solution
-from spark_jax.rewards.format import valid_part
+from spark_jax.response_format import valid_part
 from spark_jax.steps import StepSpan, blank_line_steps, numbered_steps, tagged_steps
+from spark_jax.tasks.problem_sets import PROBLEM_SETS, DataOptions, Split, splits
 
 REASONING_GYM = "reasoning_gym"  # the name before the colon
 
@@ -181,8 +181,8 @@ def answer_labels(text_format: TextFormat) -> Callable[[Problem, str], Labels]:
 
 
 def _arithmetic_chains(options: TaskOptions) -> Task:
-    from spark_jax.data.arithmetic_chains import format as chains_format
-    from spark_jax.data.arithmetic_chains import world
+    from spark_jax.tasks.arithmetic_chains import format as chains_format
+    from spark_jax.tasks.arithmetic_chains import world
 
     refuse_options("arithmetic_chains", options)
 
@@ -199,7 +199,7 @@ def _arithmetic_chains(options: TaskOptions) -> Task:
 
 
 def _word_problems(options: TaskOptions) -> Task:
-    from spark_jax.data import word_problems
+    from spark_jax.tasks import word_problems
 
     refuse_options("word_problems", options, reads=("prompt_dir",))
     text_format = canonical(options)
@@ -236,7 +236,7 @@ def _problem_set(name: str, options: TaskOptions) -> Task:
 
 def _reasoning_gym(dataset: str, options: TaskOptions) -> Task:
     """Any dataset of reasoning-gym (extra `tasks`), graded by its own `score_answer`."""
-    from spark_jax.data import reasoning_gym_tasks as gym
+    from spark_jax.tasks import reasoning_gym_tasks as gym
 
     name = f"{REASONING_GYM}:{dataset}"
     refuse_options(name, options, reads=("prompt_dir", "split_steps", "generator"))

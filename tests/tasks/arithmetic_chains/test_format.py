@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.formats import REWARD_KINDS
 from spark_jax.data.records import ParseFailure, Problem, Verification
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains.format import FORMAT
 
 PROBLEM = Problem("p", "7 1: +5 2: *3 3: *7", "2")
 SOLUTION = (

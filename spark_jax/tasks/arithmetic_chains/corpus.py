@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from spark_jax.data.arithmetic_chains import format as chain_format
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.arithmetic_chains.world import EOS, MAX_STEPS
+from spark_jax.tasks.arithmetic_chains import format as chain_format
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains.world import EOS, MAX_STEPS
 
 PROBLEM_LENGTH = 13  # tokens, all of these at most: `<q> 7`, five numbered operations, `<a>`
 SOLUTION_LENGTH = 6 * MAX_STEPS + 2 + 2 * 5 + 1  # six steps, two answers, the end

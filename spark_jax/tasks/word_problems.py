@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.records import Example, Problem, Verification
-from spark_jax.rewards.format import final_answer, one_boxed
+from spark_jax.response_format import final_answer, one_boxed
 from spark_jax.steps import step_texts
 from spark_jax.verification.parse import format_verification
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spark_jax.data.arithmetic_chains import corpus, world
-from spark_jax.data.arithmetic_chains.format import FORMAT
 from spark_jax.data.records import Problem, Verification
+from spark_jax.tasks.arithmetic_chains import corpus, world
+from spark_jax.tasks.arithmetic_chains.format import FORMAT
 
 WORDS = np.array(world.VOCABULARY)
 

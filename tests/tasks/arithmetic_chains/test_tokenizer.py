@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.arithmetic_chains.tokenizer import load_tokenizer
 from spark_jax.steps import token_offsets
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.arithmetic_chains.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

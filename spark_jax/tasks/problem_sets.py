@@ -23,7 +23,7 @@ from typing import Any, Literal
 from spark_jax.data import problems
 from spark_jax.data.problems import Content, Loaded, Source
 from spark_jax.data.records import Problem
-from spark_jax.rewards.format import final_answer
+from spark_jax.response_format import final_answer
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _source(name: str, problem_set: ProblemSet, options: DataOptions, role: Spli
         whole: Split = "train" if "train" in problem_set.hub_splits else "eval"
         return _within(problem_set, options, options.data, role, holds=whole)
     if problem_set.example is not None:
-        file = Path(str(resources.files("spark_jax.data") / problem_set.example))
+        file = Path(str(resources.files("spark_jax.tasks") / problem_set.example))
         return Source(str(file), file.stem) if role == "train" else None
     if role not in problem_set.hub_splits:
         return None

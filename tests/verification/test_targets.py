@@ -15,9 +15,9 @@ from spark_jax.data.records import (
     Verification,
     VerifiedSolution,
 )
-from spark_jax.prm.targets import training_pair, training_pairs
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.prompts import CANONICAL
+from spark_jax.verification.targets import training_pair, training_pairs
 
 VERDICTS = st.lists(st.booleans(), max_size=6).map(tuple)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_jax.rewards import format as response_format
+from spark_jax import response_format
 from spark_jax.steps import tagged_steps
 
 GOOD = "<think> <step> a </step> </think> <answer> \\boxed{ 8 } </answer>"

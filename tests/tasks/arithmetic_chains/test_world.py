@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_jax.data.arithmetic_chains import world
 from spark_jax.data.records import Problem
+from spark_jax.tasks.arithmetic_chains import world
 
 PROBLEM = Problem("p", "7 1: +5 2: *3 3: *7", "2")  # 7 → 2 → 6 → 2
 

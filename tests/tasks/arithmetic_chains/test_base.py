@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spark_jax.data.arithmetic_chains import base, corpus, world
 from spark_jax.experiments import pretrain
+from spark_jax.tasks.arithmetic_chains import base, corpus, world
 from spark_jax.training.sft import SFTBatch, sft_loss
 
 

@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from spark_jax.data import tasks
-from spark_jax.data.arithmetic_chains import format as chains_format
-from spark_jax.data.arithmetic_chains import world
-from spark_jax.data.problem_sets import DATA_VARIABLE, PROBLEM_SETS
+from spark_jax import tasks
 from spark_jax.data.records import ParseFailure, Problem, SamplingSettings, Solution
-from spark_jax.data.tasks import TaskOptions, load
-from spark_jax.rewards.format import format_ok
+from spark_jax.response_format import format_ok
 from spark_jax.steps import step_texts
+from spark_jax.tasks import TaskOptions, load
+from spark_jax.tasks.arithmetic_chains import format as chains_format
+from spark_jax.tasks.arithmetic_chains import world
+from spark_jax.tasks.problem_sets import DATA_VARIABLE, PROBLEM_SETS
 from spark_jax.verification.parse import format_verification
 from spark_jax.verification.pipeline import generate_solutions, verify_solutions
 from spark_jax.verification.prompts import CANONICAL
