@@ -12,7 +12,6 @@ from experiment_runs import Stop
 from PIL import Image
 from rich.progress import Progress
 
-from spark_jax.data.arithmetic_chains import base
 from spark_jax.experiments import (
     checks,
     configuration,
@@ -24,6 +23,7 @@ from spark_jax.experiments import (
 )
 from spark_jax.experiments.configuration import ConfigError
 from spark_jax.reports import plots
+from spark_jax.tasks.arithmetic_chains import base
 
 
 @pytest.fixture(scope="module")
