@@ -6,10 +6,11 @@ from spark_jax.reports import plots
 
 
 @pytest.fixture(autouse=True)
-def no_training_curves(request, monkeypatch):
+def no_plots_of_runs(request, monkeypatch):
     """Plots take two thirds of a tiny run's time; `tests/reports/test_plots.py` is about them."""
     if "draws" not in request.keywords:
         monkeypatch.setattr(plots, "training_curves", lambda metrics, folder: [])
+        monkeypatch.setattr(plots, "stage1_summary", lambda *summary, **options: None)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ def finished(config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_rl, "run", breaks_once)
         patch.setattr(plots, "training_curves", lambda metrics, folder: [])
+        patch.setattr(plots, "stage1_summary", lambda *summary, **options: None)
         with pytest.raises(Stop):
             pipeline.run(config, path)
         assert not (path / "summary.json").exists()
