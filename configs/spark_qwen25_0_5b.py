@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     config.task = "gsm8k"
     config.decode.update(dict(max_prompt_length=2048, max_new_tokens=1024, slots=64))
     config.generate.update(dict(num_problems=1000, chunk_size=64))
-    config.verify.update(dict(methods=("single", "outcome_consistency", "step_consistency")))
     config.prm.update(dict(steps=300, batch_size=32, accumulation_steps=4, max_length=3072))
     config.rl.update(
         dict(steps=200, num_problems=7000, prompts_per_step=64, group_size=8, accumulation_steps=16)

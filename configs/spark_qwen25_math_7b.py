@@ -2,6 +2,10 @@
 
     python -m spark_jax.experiments.pipeline --config=configs/spark_qwen25_math_7b.py
 
+One run of the method, with one seed: stage I by step consistency, one reward model of its
+verifications (and what that starts from, evaluated), one policy by the process-aware outcome reward
+and GRPO.
+
 Generator Qwen2.5-14B-Instruct, verifier Qwen3-32B, reward model from Qwen2.5-14B-Instruct, policy
 Qwen2.5-Math-7B. From the paper: 8 solutions at temperature .7, 16 verifications at .8 and top-p
 .95, groups of 16, batches of 256 prompts, learning rate 1e-6 with 1 % warm-up, KL .001 (k3) to the
@@ -14,11 +18,11 @@ holds, so everything is spread over all devices of all processes there are (`mes
 
 from ml_collections import ConfigDict
 
-from spark_jax.configs import demo
+from spark_jax.experiments import base_config
 
 
 def get_config() -> ConfigDict:
-    config = demo.get_config()
+    config = base_config.base_config()
     config.run_dir = "runs/spark_qwen25_math_7b"
     config.model = "Qwen/Qwen2.5-Math-7B"
     config.dtype = "bfloat16"
@@ -41,7 +45,7 @@ def get_config() -> ConfigDict:
     config.verify.update(
         dict(
             model="Qwen/Qwen3-32B",
-            methods=("single", "outcome_consistency", "step_consistency", "meta_critique"),
+            methods=("step_consistency",),
             samples_per_solution=16,
             temperature=0.8,
             top_p=0.95,
@@ -64,6 +68,8 @@ def get_config() -> ConfigDict:
 
     config.rl.update(
         dict(
+            reward="process_aware_outcome",
+            advantage="grpo",
             steps=400,
             num_problems=7000,
             prompts_per_step=256,
@@ -81,5 +87,7 @@ def get_config() -> ConfigDict:
     config.evaluate.update(
         dict(num_problems=500, samples_per_problem=4, generator="Qwen/Qwen2.5-14B-Instruct")
     )
-    config.pipeline.update(dict(workers=1))
+    config.pipeline.arms = ConfigDict(
+        dict(spark=dict(reward="process_aware_outcome", advantage="grpo"))
+    )
     return config

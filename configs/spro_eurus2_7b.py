@@ -2,6 +2,9 @@
 
     python -m spark_jax.experiments.train_rl --config=configs/spro_eurus2_7b.py
 
+One run, with one seed. `pipeline` makes the same run, after a stage I and a reward model that it
+does not need.
+
 Policy Eurus-2-7B-SFT. From the paper: rule-based outcome rewards, 4 samples a prompt at temperature
 1, learning rate 5e-7, no KL term, groups of an accuracy in [.2, .8]; the reference of the process
 rewards is the initial policy. Our reading, where it is silent: beta .05 (PRIME's), 256 prompts a
@@ -14,11 +17,11 @@ spread over all devices of all processes there are (`mesh`).
 
 from ml_collections import ConfigDict
 
-from spark_jax.configs import demo
+from spark_jax.experiments import base_config
 
 
 def get_config() -> ConfigDict:
-    config = demo.get_config()
+    config = base_config.base_config()
     config.run_dir = "runs/spro_eurus2_7b"
     config.model = "PRIME-RL/Eurus-2-7B-SFT"
     config.dtype = "bfloat16"
@@ -46,4 +49,5 @@ def get_config() -> ConfigDict:
     config.rl.objective.update(dict(kl_coefficient=0.0, aggregation="token_mean"))
     config.rl.optimizer.update(dict(name="adamw", learning_rate=5e-7, weight_decay=0.0))
     config.evaluate.update(dict(num_problems=500, samples_per_problem=4, generator=config.model))
+    config.pipeline.arms = ConfigDict(dict(spro=dict(reward="rule_based", advantage="spro")))
     return config

@@ -35,6 +35,8 @@ from spark_jax.verification.aggregate import AGGREGATIONS
 
 def check_common(config: Config) -> None:
     """What every experiment needs: a task, a model, sizes. ConfigError names field and choices."""
+    if not config.run_dir:
+        raise ConfigError("run_dir='' is empty; set it to the folder of the run")
     make_or_refuse("task", lambda: loading.load_task(config))
     model_exists("model", config.model)
     if "://" in config.run_dir:
