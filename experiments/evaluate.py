@@ -47,6 +47,7 @@ from spark_jax.decoding.generate import ladder
 from spark_jax.evaluation import benchmarks, intervals, processbench
 from spark_jax.evaluation.processbench import ProcessBenchSample
 from spark_jax.experiments import checks, configuration, launch, loading, progress
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
@@ -77,7 +78,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
         DATA[what](config) if what in DATA else None
     )  # what is missing is said before all else
     model = loading.load_text_model(config, config.model)
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
     if on_progress:

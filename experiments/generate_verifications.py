@@ -27,6 +27,7 @@ from spark_jax import tasks
 from spark_jax.data.formats import Sample
 from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
@@ -47,7 +48,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     config = configuration.sub_config(config, "generate", "verify")
     task = loading.load_task(config)
     problems = shard_of(config, all_problems(config, task))  # before a folder is made
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
 

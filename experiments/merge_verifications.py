@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from spark_jax.data.records import Solution, VerifiedSolution, append_jsonl, read_jsonl
 from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.generate_verifications import (
     SOLUTIONS,
@@ -51,7 +52,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     shards = find(path)
     for index, shard in enumerate(shards):
         check(config, shard, index, len(shards))
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
 
@@ -103,7 +104,7 @@ def check(config: Config, shard: Path, index: int, count: int) -> None:
     """OtherRun where the shard is not that part of the run of `config`."""
     made_with = json.loads((shard / "config.json").read_text())
     expected = configuration.changed(config, {"generate.shard": (index, count)})
-    if differing := differences(made_with, expected.to_dict()):
+    if differing := differences(made_with, expected.to_dict(), FORMER_DEFAULTS):
         lines = "\n".join(f"  {line}" for line in differing)
         raise OtherRun(f"{shard} was made with another configuration:\n{lines}")
 

@@ -28,6 +28,7 @@ from spark_jax.experiments import (
     train_prm,
     train_rl,
 )
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import Bar, Jobs, bars
 from spark_jax.parallel import processes
@@ -42,7 +43,7 @@ def run(config: Config, path: Path) -> dict[str, Any]:
     check(config)
     if config.quick:
         config, path = quick_version(config), path.with_name(f"{path.name}-quick")
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     console = Console(quiet=not processes.is_main())
     with bars(console) as progress:
         if config.pretrain:

@@ -23,6 +23,7 @@ from spark_jax import tokenizers
 from spark_jax.data.batches import batch_order
 from spark_jax.data.records import Example, read_jsonl
 from spark_jax.experiments import checks, configuration, launch, loading
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.models.config import ModelConfig
@@ -44,7 +45,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     config = configuration.sub_config(config, "remat_save", "sft")
     loaded = loading.load_trainable(config, config.model)
     examples = task_examples(config, loaded.tokenizer)
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
     params, summary = fine_tune(

@@ -22,6 +22,7 @@ from spark_jax.experiments import (
     loading,
     sft,
 )
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.parallel import processes
@@ -39,7 +40,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     task = loading.load_task(config)
     loaded = loading.load_trainable(config, config.prm.model or config.model)
     pairs, counts = examples(config, loading.for_model(task, loaded.tokenizer, config))
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
 

@@ -43,6 +43,7 @@ from spark_jax.experiments import (
     rl_setup,
     rl_state,
 )
+from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config
 from spark_jax.experiments.progress import OnProgress
 from spark_jax.experiments.rl_setup import Setup
@@ -76,7 +77,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
     config = configuration.sub_config(config, "remat_save", "rl", "prm", "generate", "evaluate")
     loaded = loading.load_trainable(config, config.model)
     reference = rl_setup.load_reference(config, loaded.params, loaded.config)
-    folder = RunFolder.open(path, config)
+    folder = RunFolder.open(path, config, FORMER_DEFAULTS)
     if (finished := folder.read_summary()) is not None:
         return finished
     setup = rl_setup.make_setup(config, folder, loaded)

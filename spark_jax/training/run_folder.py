@@ -16,6 +16,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,21 +33,33 @@ class OtherRun(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Made by `open`. `resumed` is true where the folder held this run already."""
+    """Made by `open`. `resumed` is true where the folder held this run already; `config` is then
+    the configuration that it was started with."""
 
     path: Path
     config: dict[str, Any]
     resumed: bool
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: Any) -> RunFolder:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        former_defaults: Mapping[str, object] = MappingProxyType({}),
+    ) -> RunFolder:
         """Creates the folder, or opens it to go on with the same run. Of several processes the
         first does, and the others wait for it and look whether it is the folder they see.
 
-        `config` is a dict or ConfigDict of JSON values (tuples become lists); it is written,
-        resolved, to `config.json`. `versions.json` names the Python, libraries, platform and device
-        of the last start; where they changed since the one before, a warning says so, because then
-        the resumed run need not equal the uninterrupted one bit for bit.
+        `versions.json` names the Python, libraries, platform and device of the last start; where
+        they changed since the one before, a warning says so, because then the resumed run need not
+        equal the uninterrupted one bit for bit.
+
+        Args:
+          path: the folder.
+          config: a dict or ConfigDict of JSON values (tuples become lists); it is written,
+            resolved, to `config.json` of a new folder.
+          former_defaults: see `differences`. With it a folder of an earlier version, whose
+            configuration has other fields, holds the same run.
 
         Raises:
           OtherRun: the folder holds a run with another configuration (each differing field is
@@ -55,9 +68,9 @@ class RunFolder:
           FileNotFoundError: another process does not see the folder that the first one made.
         """
         path, resolved = Path(path), _json_value(config, "config")
-        resumed = processes.on_main(lambda: _make_or_check(path, resolved))
+        held = processes.on_main(lambda: _make_or_check(path, resolved, former_defaults))
         _check_shared(path)
-        return cls(path=path, config=resolved, resumed=resumed)
+        return cls(path=path, config=resolved if held is None else held, resumed=held is not None)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -103,10 +116,31 @@ class RunFolder:
         processes.on_main(lambda: _write_json(self.path / "summary.json", value))
 
 
-def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Where a folder's configuration and another one, both of JSON values, differ: a line a field,
-    named with dots."""
-    return _differences(_fields(config), _fields(_json_value(other, "config")))
+def differences(
+    config: Mapping[str, Any],
+    other: Mapping[str, Any],
+    former_defaults: Mapping[str, object] = MappingProxyType({}),
+) -> list[str]:
+    """Lists the fields in which two configurations differ, a line each, named with dots.
+
+    Args:
+      config: a folder's, of JSON values.
+      other: the one of now.
+      former_defaults: dotted name → the value of a field for the configuration that does not have
+        it, since a version added or removed it. An empty section has no fields, so that one
+        without it is the same.
+    """
+    old, new = _fields(config), _fields(_json_value(other, "config"))
+
+    def differs(field: str) -> bool:
+        kept = {field: former_defaults[field]} if field in former_defaults else {}
+        return _show(kept | old, field) != _show(kept | new, field)
+
+    return [
+        f"{field}: {_show(old, field)} in the folder, {_show(new, field)} now"
+        for field in sorted(old.keys() | new.keys())
+        if differs(field)
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -127,19 +161,22 @@ def versions() -> dict[str, str]:
     }
 
 
-def _make_or_check(path: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder held this run already."""
+def _make_or_check(
+    path: Path, config: dict[str, Any], former_defaults: Mapping[str, object]
+) -> dict[str, Any] | None:
+    """The configuration of the run that the folder held already; None for a new folder."""
     path.mkdir(parents=True, exist_ok=True)
-    resumed = (path / "config.json").exists()
-    if resumed:
-        _refuse_other_config(path / "config.json", config)
+    held = None
+    if (path / "config.json").exists():
+        held = _read_config(path / "config.json")
+        _refuse_other_config(path, held, config, former_defaults)
     else:
         _refuse_orphaned_results(path)
         _write_json(path / "config.json", config)
     for name in SUBFOLDERS:
         (path / name).mkdir(exist_ok=True)
     _record_versions(path / "versions.json")
-    return resumed
+    return held
 
 
 def _check_shared(path: Path) -> None:
@@ -172,25 +209,25 @@ def _check_shared(path: Path) -> None:
             token.unlink(missing_ok=True)
 
 
-def _refuse_other_config(path: Path, config: dict[str, Any]) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        old = _fields(json.loads(path.read_text()))
+        config: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); mend it or use another folder") from error
-    changes = [f"  {line}" for line in _differences(old, _fields(config))]
-    if changes:
+        raise ValueError(f"{path} is not JSON ({error}); fix it or use another folder") from error
+    return config
+
+
+def _refuse_other_config(
+    path: Path,
+    held: dict[str, Any],
+    config: dict[str, Any],
+    former_defaults: Mapping[str, object],
+) -> None:
+    if changes := differences(held, config, former_defaults):
         raise OtherRun(
-            f"{path.parent} holds a run with another configuration; use another folder, or the "
-            "configuration it was started with:\n" + "\n".join(changes)
+            f"{path} holds a run with another configuration; use another folder, or the "
+            "configuration it was started with:\n" + "\n".join(f"  {line}" for line in changes)
         )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        f"{field}: {_show(old, field)} in the folder, {_show(new, field)} now"
-        for field in sorted(old.keys() | new.keys())
-        if _show(old, field) != _show(new, field)
-    ]
 
 
 def _refuse_orphaned_results(path: Path) -> None:
@@ -252,9 +289,9 @@ def _plain_scalars(value: Any) -> Any:
 
 
 def _fields(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted name; an empty dict is a leaf, a list too."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix or "config": value}
+    """Leaves by dotted name; a list is a leaf, an empty dict has none."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
     fields: dict[str, Any] = {}
     for key, item in value.items():
         fields |= _fields(item, f"{prefix}.{key}" if prefix else key)

@@ -14,7 +14,6 @@ from spark_jax.experiments.configuration import ConfigError
 from spark_jax.reports import study
 
 PAPERS = sorted(p for pattern in ("spark_*", "spro_*") for p in Path("configs").glob(pattern))
-FIRST_OF_SPARK = {"stage1", "prm_base", "prm_step_consistency"}
 
 
 def leaves(config, prefix=""):
@@ -109,7 +108,9 @@ def test_a_papers_pipeline_is_one_run_of_its_method(file, tmp_path, monkeypatch)
     made = {str(path.relative_to(tmp_path)): run for path, run in jobs}
     name = file.stem.split("_")[0]
     assert len(jobs) == 4
-    assert set(made) == {f"seed0/{part}" for part in (*FIRST_OF_SPARK, f"rl_{name}")}
+    assert set(made) == {
+        f"seed0/{part}" for part in ("stage1", "prm_base", "prm_step_consistency", f"rl_{name}")
+    }
     assert made["seed0/stage1"].verify.methods == ("step_consistency",)
     policy = made[f"seed0/rl_{name}"].rl
     expected = {"spark": ("process_aware_outcome", "grpo"), "spro": ("rule_based", "spro")}[name]

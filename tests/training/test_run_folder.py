@@ -59,7 +59,6 @@ def test_another_config_is_refused_field_by_field_and_leaves_the_folder_alone(tm
         "extra: absent in the folder, true now",
         "name: null in the folder, absent now",
         "rl.learning_rate: 1e-06 in the folder, 5e-07 now",
-        "rl.schedule: {} in the folder, absent now",
         'rl.schedule.kind: absent in the folder, "cosine" now',
         "seed: 0 in the folder, 1 now",
     ]
@@ -93,6 +92,29 @@ def test_differences_are_named_field_by_field():
         "b.d: 2 in the folder, 3 now",
         "e: absent in the folder, null now",
     ]
+
+
+def test_fields_that_a_version_added_or_removed_count_as_their_former_default(tmp_path):
+    """Both ways, and a section without fields is no difference; any other value is one."""
+    started = RunFolder.open(tmp_path, {"a": 1, "rl": {"gone": 0.5}, "empty": {}})
+    former = {"rl.new": None, "rl.gone": 0.5, "tuple": (1, 2)}
+    now = {"a": 1, "rl": {"new": None, "section": {}}, "tuple": [1, 2]}
+    resumed = RunFolder.open(tmp_path, now, former)
+    assert resumed.resumed
+    assert resumed.identity == started.identity  # its checkpoints are those of the same run
+    assert RunFolder.open(tmp_path, now, former).identity == started.identity
+    for changed, line in [
+        ({"rl": {"new": 1e-5}}, "rl.new: absent in the folder, 1e-05 now"),
+        ({"rl": {"gone": 0.4}}, "rl.gone: 0.5 in the folder, 0.4 now"),
+        ({"tuple": [2, 1]}, "tuple: absent in the folder, [2, 1] now"),
+        ({"other": None}, "other: absent in the folder, null now"),
+        ({"rl": {"section": {"x": 0}}}, "rl.section.x: absent in the folder, 0 now"),
+    ]:
+        with pytest.raises(OtherRun, match="another configuration") as caught:
+            RunFolder.open(tmp_path, now | changed, former)
+        assert str(caught.value).splitlines()[1:] == [f"  {line}"]
+    with pytest.raises(OtherRun, match=r"rl.new: absent in the folder, null now"):
+        RunFolder.open(tmp_path, now)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
