@@ -1,10 +1,13 @@
-"""What makes a configuration unable to work: said before anything is computed.
+"""Refuses a configuration that cannot work, before anything is computed.
 
-Every check raises ConfigError with the field, its value and the choices.
+Every check raises ConfigError with the field, its value and how to fix it. A choice or range that
+a constructor checks is checked by constructing (`make_or_refuse`); here stands what concerns
+several fields, and what nothing else checks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -21,11 +24,11 @@ from spark_jax.experiments import configuration, loading
 from spark_jax.experiments.configuration import Config, ConfigError, make_or_refuse
 from spark_jax.models import checkpoints
 from spark_jax.models import config as model_config
-from spark_jax.models.config import ATTENTION, PROJECTIONS, ModelConfig
+from spark_jax.models.config import ModelConfig
 from spark_jax.models.mesh import check_fits
 from spark_jax.models.published_shapes import MODEL_SHAPES
 from spark_jax.prm.evaluate import JUDGE_KINDS
-from spark_jax.response_format import FORMAT_CHECKS, MAX_STEPS
+from spark_jax.response_format import MAX_STEPS, format_ok
 from spark_jax.rewards import monitor
 from spark_jax.rewards.prm import REWARDS
 from spark_jax.training import optimizer
@@ -34,7 +37,7 @@ from spark_jax.verification.aggregate import AGGREGATIONS
 
 
 def check_common(config: Config) -> None:
-    """What every experiment needs: a task, a model, sizes. ConfigError names field and choices."""
+    """Checks what every experiment needs: a folder, a task, a model, and how it is computed."""
     if not config.run_dir:
         raise ConfigError("run_dir='' is empty; set it to the folder of the run")
     make_or_refuse("task", lambda: loading.load_task(config))
@@ -44,12 +47,9 @@ def check_common(config: Config) -> None:
             f"run_dir={config.run_dir!r} is not a folder; mount the bucket as one, as "
             "docs/pods.md says, and name that"
         )
-    _choose("dtype", config.dtype, ("float32", "bfloat16"))
-    _choose("attention", config.attention, ATTENTION)
-    for name in config.remat_save:
-        _choose("remat_save", name, PROJECTIONS)
-    if config.decode.cache_dtype is not None:
-        _choose("decode.cache_dtype", config.decode.cache_dtype, ("int8",))
+    for field in ("dtype", "attention", "remat_save", "decode.cache_dtype"):
+        computed = {field.rpartition(".")[2]: configuration.value_of(config, field)}
+        make_or_refuse(field, functools.partial(dataclasses.replace, ANY_SHAPE, **computed))
     make_or_refuse("chat", lambda: configuration.chat_options(config))
     _at_least(1, config, "decode.max_new_tokens")
     for field in ("decode.max_prompt_length", "decode.slots"):
@@ -61,10 +61,18 @@ def check_common(config: Config) -> None:
 def check_mesh(
     config: Config, field: str, name: str, rows: int | None = None, made_of: str = ""
 ) -> None:
-    """`config.mesh` against the devices, the rows of a batch that are to be spread (`made_of` says
-    which fields' product they are), and the shape of a model. Shapes of hub ids are those of
-    `models.published_shapes`; of a model that is not there either, when it is loaded, before its
-    weights are."""
+    """Checks `config.mesh` against the devices, the rows of a batch, and the shape of a model.
+
+    A hub id has its shape in `models.published_shapes`; a model that is not there either is checked
+    when it is loaded, before its weights are.
+
+    Args:
+      config: the configuration.
+      field: the field that names the model.
+      name: the model.
+      rows: of a batch, to be spread over devices; None where nothing is trained.
+      made_of: the fields that `rows` is the product of, for the message.
+    """
     mesh = configuration.make_mesh(config)
     if mesh is None:
         return
@@ -75,7 +83,12 @@ def check_mesh(
 
 
 def check_stage1(config: Config, *, on_mesh: bool = True) -> None:
-    """`config.generate` and `config.verify`; `on_mesh` says whether models are to be loaded."""
+    """Checks `config.generate` and `config.verify`.
+
+    Args:
+      config: the configuration.
+      on_mesh: whether models will be loaded, so that the mesh must fit them.
+    """
     if not config.verify.methods:
         raise ConfigError(f"verify.methods is empty; choose from {sorted(AGGREGATIONS)}")
     for method in config.verify.methods:
@@ -94,7 +107,7 @@ def check_stage1(config: Config, *, on_mesh: bool = True) -> None:
 
 
 def check_shard(config: Config) -> None:
-    """`generate.shard`: which part of how many."""
+    """Checks `generate.shard`, which part of how many."""
     shard = config.generate.shard
     whole = len(shard) == 2 and all(isinstance(number, int) for number in shard)
     if not whole or not 0 <= shard[0] < shard[1]:
@@ -104,17 +117,22 @@ def check_shard(config: Config) -> None:
 
 
 def check_sft(config: Config) -> None:
-    """`config.sft`."""
+    """Checks `config.sft`."""
     check_fine_tuning(config, "sft")
     if config.sft.data:
         if not Path(config.sft.data).is_file():
-            raise ConfigError(f"sft.data={config.sft.data!r} is no file")
+            raise ConfigError(f"sft.data={config.sft.data!r} is not a file")
     else:
         _at_least(1, config, "sft.num_examples")
 
 
 def check_fine_tuning(config: Config, name: str) -> None:
-    """What every section of a supervised fine-tuning needs."""
+    """Checks what every section of a supervised fine-tuning has.
+
+    Args:
+      config: the configuration.
+      name: the section, "sft" or "prm".
+    """
     section = config[name]
     _at_least(1, config, f"{name}.steps", f"{name}.batch_size", f"{name}.max_length")
     _divides(f"{name}.batch_size", section.batch_size, section.accumulation_steps)
@@ -126,7 +144,7 @@ def check_fine_tuning(config: Config, name: str) -> None:
 
 
 def check_prm(config: Config) -> None:
-    """`config.prm` and what its evaluation needs."""
+    """Checks `config.prm` and what its evaluation needs."""
     _choose("prm.method", config.prm.method, AGGREGATIONS)
     _choose("prm.kind", config.prm.kind, REWARD_KINDS)
     check_fine_tuning(config, "prm")
@@ -136,13 +154,12 @@ def check_prm(config: Config) -> None:
 
 
 def check_rl(config: Config) -> None:
-    """`config.rl`, the kind of its reward model, and what its evaluation needs."""
+    """Checks `config.rl`, the kind of its reward model, and what its evaluation needs."""
     rl = config.rl
     _choose("rl.reward", rl.reward, REWARDS)
     _choose("rl.advantage", rl.advantage, ADVANTAGES)
     _choose("prm.kind", config.prm.kind, REWARD_KINDS)
-    for check in rl.format_checks:
-        _choose("rl.format_checks", check, FORMAT_CHECKS)
+    make_or_refuse("rl.format_checks", lambda: format_ok("", tuple(rl.format_checks)))
     _check_rewards_fit(config)
     _at_least(1, config, "rl.steps", "rl.num_problems", "rl.prompts_per_step", "rl.epochs")
     _at_least(1, config, "rl.evaluate_every")
@@ -185,7 +202,7 @@ def check_rl(config: Config) -> None:
 
 
 def check_evaluate(config: Config) -> None:
-    """`config.evaluate`."""
+    """Checks `config.evaluate`."""
     evaluate = config.evaluate
     whats = ("policy", "benchmarks", "reward_model", "processbench")
     _choose("evaluate.what", evaluate.what, whats)
@@ -193,8 +210,8 @@ def check_evaluate(config: Config) -> None:
     _choose("evaluate.kind", evaluate.kind or config.prm.kind, JUDGE_KINDS)
     if evaluate.what == "processbench" and config.task == "arithmetic_chains":
         raise ConfigError(
-            "evaluate.what='processbench' is about real text, of which task='arithmetic_chains' "
-            "knows nothing; set task to the one whose prompts are to be shown, such as 'gsm8k'"
+            "evaluate.what='processbench' judges real text, for which task='arithmetic_chains' has "
+            "no prompts; set task to the one whose prompts to use, such as 'gsm8k'"
         )
     model_exists("evaluate.generator", evaluate.generator)
     check_mesh(config, "model", config.model)
@@ -210,11 +227,8 @@ def check_evaluate(config: Config) -> None:
             _choose("evaluate.benchmarks.names", name, tasks.choices())
     for name in evaluate.benchmarks.samples_per_problem:
         _at_least(1, config, f"evaluate.benchmarks.samples_per_problem.{name}")
-    _sampling(config, "generate")
-    _sampling(config, "verify")
-    for field in ("temperature", "top_p"):
-        sampling = decoding.Sampling(**{field: evaluate[field]})
-        make_or_refuse(f"evaluate.{field}", functools.partial(sampling.per_prompt, 1))
+    for section in ("generate", "verify", "evaluate"):
+        _sampling(config, section)
 
 
 def _check_rewards_fit(config: Config) -> None:
@@ -327,19 +341,27 @@ def _optimizer(field: str, config: Config, steps: int) -> None:
 
 
 SHIPPED_MODELS = ("arithmetic_chains", loading.SMOLLM2)
+ANY_SHAPE = ModelConfig(  # how a model is computed is checked with any
+    vocab_size=1, width=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, mlp_width=1
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_exists(field: str, name: str) -> None:
-    """Local models are looked for; whether a hub id exists is seen when it is loaded."""
+    """Checks that a model is there; whether a hub id exists is seen when it is loaded.
+
+    Args:
+      field: the field that names it, for the message.
+      name: the model.
+    """
     path = Path(name)
     if name in SHIPPED_MODELS or (path.suffix == ".gguf" and path.is_file()):
         return
     if (path / "config.json").is_file() or (not path.exists() and _HUB_ID.fullmatch(name)):
         return
     raise ConfigError(
-        f"{field}={name!r} is no checkpoint folder (with a config.json), no GGUF file, no hub id "
-        f"(owner/name), nor one of {SHIPPED_MODELS}"
+        f"{field}={name!r} is not a model; give a checkpoint folder (with a config.json), a GGUF "
+        f"file, a hub id (owner/name), or one of {SHIPPED_MODELS}"
     )
 
 

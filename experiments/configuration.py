@@ -23,8 +23,13 @@ class ConfigError(ValueError):
     """A configuration that cannot work: the message is for the user, a traceback would not help."""
 
 
-def make_or_refuse(field: str, make: Callable[[], Any]) -> None:
-    """Makes what a section describes, to see whether it can be made."""
+def make_or_refuse(field: str, make: Callable[[], object]) -> None:
+    """Makes what a field or section describes; ConfigError where its constructor refuses it.
+
+    Args:
+      field: its name, for the message.
+      make: constructs it, and raises ValueError for a bad value.
+    """
     try:
         make()
     except ValueError as error:
@@ -38,7 +43,7 @@ def config_path(name: str) -> Path:
         if path.is_file():
             return path
     have = sorted(p.name for p in installed.parent.glob("*.py") if p.name != "__init__.py")
-    raise FileNotFoundError(f"config {name!r} is no file, nor one of {have}")
+    raise FileNotFoundError(f"config {name!r} is not a file; give one, or one of {have}")
 
 
 def load_config(name: str | Path) -> Config:

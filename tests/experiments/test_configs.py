@@ -68,7 +68,7 @@ def test_what_the_schema_leaves_empty_is_refused_by_its_name():
     with pytest.raises(ConfigError, match=r"task: .*''"):
         checks.check_common(config)
     config.task = "arithmetic_chains"
-    with pytest.raises(ConfigError, match="model='' is no checkpoint folder"):
+    with pytest.raises(ConfigError, match="model='' is not a model"):
         checks.check_common(config)
 
 
