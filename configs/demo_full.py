@@ -5,14 +5,14 @@
     python -m spark_jax.experiments.study --config=configs/demo_full.py \
         --config.study.parts="('stage1', 'stage2')"
 
-Resumable, run by run: started again it goes on where it stopped, and runs that are done are read,
-not repeated. Writes `study.json`, `study.md` and `plots/` after every part. About two CPU-hours,
-of which the policies take less than one.
+Rerunning the command resumes: runs that are done are read, not repeated. Writes `study.json`,
+`study.md` and `plots/` after every part. About two CPU-hours, of which the policies take less than
+one.
 
-An arm of RL is named fields of `config.rl`, and three of the study's own: `reward_model`, which it
-asks, is one of `prm_cot/<method>`, `prm/<method>`, `orm/<method>` or `weak`; `reference_updates` is
-of which verifier it takes π_ref; `baseline` is the arm that it is compared with, of its part or as
-`<part>/<arm>`, else `study.baselines` says which. Those in `study.headline` run with all seeds, the
+An arm of RL sets fields of `config.rl`, and three of the study's own: `reward_model` is one of
+`prm_cot/<method>`, `prm/<method>`, `orm/<method>` or `weak`; `reference_updates` names the verifier
+that is π_ref, by its updates; `baseline` is the arm that it is compared with, of its part or as
+`<part>/<arm>` (default: `study.baselines`). Those in `study.headline` run with all seeds, the
 others with the first two.
 """
 
@@ -40,7 +40,7 @@ CHECKS = ("one_boxed", "one_answer_block", "nothing_after_answer")
 
 
 def rewards() -> dict[str, object]:
-    """Stage III: every reward with every advantage that it has what for."""
+    """Makes the arms of stage III: every reward with every advantage that it suits."""
     return {
         "rule_based": dict(reward="rule_based"),
         "majority_vote": dict(reward="majority_vote"),
@@ -67,8 +67,8 @@ def rewards() -> dict[str, object]:
 
 
 def formats() -> dict[str, object]:
-    """With each format check and without, by a good reward model and by a bad one; twice as long,
-    since hacking takes its time."""
+    """Makes arms with each format check and without, by a good reward model and by a bad one; twice
+    as long, since hacking takes time."""
     long = dict(reward="process_aware_outcome", steps=40, evaluate_every=10)
     arms: dict[str, object] = {}
     for name, model in (("good", OURS), ("weak", "weak")):
@@ -85,14 +85,14 @@ def formats() -> dict[str, object]:
 
 
 def ruled(advantage: str, options: dict[str, object] | None = None, **rl: object) -> ConfigDict:
-    """An arm whose reward is the truth."""
+    """Makes an arm whose reward is the truth."""
     return ConfigDict(
         dict(reward="rule_based", advantage=advantage, advantage_options=options or {}, **rl)
     )
 
 
 def spro() -> dict[str, object]:
-    """SPRO against other advantages, its variants, its sweep, and what we tried on its collapse."""
+    """Makes the arms of SPRO: other advantages, its variants, its sweep, remedies for collapse."""
     arms: dict[str, object] = {
         "grpo": ruled("grpo"),
         "spro": ruled("spro"),
@@ -109,7 +109,7 @@ def spro() -> dict[str, object]:
 
 
 def off_policy() -> dict[str, object]:
-    """Four updates per rollout: with one, every ratio is 1 and no clip ever acts."""
+    """Makes arms of four updates per rollout: with one, every ratio is 1 and no clip ever acts."""
     gspo = dict(  # its paper's: arXiv 2507.18071, section 5.1
         importance="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4
     )
@@ -125,7 +125,7 @@ def off_policy() -> dict[str, object]:
 
 
 def spro_variants() -> dict[str, object]:
-    """Each differs from "spro" in one thing."""
+    """Makes variants of SPRO, each different from "spro" in one thing."""
     return {
         "spro_pool": ruled("spro", dict(baseline="pool"), baseline="spro"),
         "spro_steps": ruled("spro", dict(granularity="step"), baseline="spro"),
@@ -140,7 +140,7 @@ def spro_variants() -> dict[str, object]:
 
 
 def swept(rate: float, beta: float | None = None) -> str:
-    """The arm of that learning rate: SPRO with that β, or GRPO."""
+    """Names the arm of that learning rate: SPRO with that β, or GRPO."""
     if rate == RATE and beta in (None, BETA):
         return "grpo" if beta is None else "spro"
     name = f"grpo_lr{rate:g}" if beta is None else f"spro_beta{beta:g}_lr{rate:g}"
@@ -148,8 +148,8 @@ def swept(rate: float, beta: float | None = None) -> str:
 
 
 def spro_sweep() -> dict[str, object]:
-    """β × learning rate, each against GRPO of that learning rate; and where SPRO collapses, what we
-    tried against it."""
+    """Makes arms of β × learning rate, each against GRPO of that learning rate; and where SPRO
+    collapses, what we tried against it."""
     arms: dict[str, object] = {}
     for rate in RATES:
         grpo = swept(rate)
@@ -168,7 +168,7 @@ def spro_sweep() -> dict[str, object]:
 
 
 def pictures() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Part → picture → arms that it shows by step and by token, besides the part's own picture."""
+    """Gives part → picture → its arms, by step and by token, besides the part's own picture."""
     groups = {
         f"lr{rate:g}".replace(".", "_"): (swept(rate), *(swept(rate, beta) for beta in BETAS))
         for rate in RATES

@@ -1,4 +1,4 @@
-"""Every stage on GSM8K with SmolLM2-135M, small enough for two cores: does a model pass through?
+"""Every stage on GSM8K with SmolLM2-135M, small enough for two cores: a smoke test, not a result.
 
     make smollm2
     python -m spark_jax.experiments.sft --config=configs/smollm2_word_problems.py \
@@ -13,8 +13,8 @@
     python -m spark_jax.experiments.train_rl --config=configs/smollm2_gsm8k.py \
         --config.run_dir=runs/smollm2_gsm8k/rl
 
-A model of this size solves next to no problem of GSM8K, so this shows the path and not a gain. The
-first command teaches it the formats, on arithmetic in words. GSM8K: SPARK_JAX_DATA or the hub;
+A model of this size solves almost nothing of GSM8K. The first command teaches it the formats, on
+arithmetic in words. GSM8K: SPARK_JAX_DATA or the hub;
 ProcessBench: SPARK_JAX_DATA alone.
 """
 

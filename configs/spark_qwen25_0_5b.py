@@ -3,7 +3,7 @@
     python -m spark_jax.experiments.pipeline --config=configs/spark_qwen25_0_5b.py
 
 One model family throughout: Qwen2.5-0.5B-Instruct generates, verifies and becomes the reward model,
-Qwen2.5-0.5B is the policy. Our own numbers. Wants one device of 24 GB: the policy's float32
+Qwen2.5-0.5B is the policy. Our own numbers. Needs one device of 24 GB: the policy's float32
 parameters and moments are 6 GB, its gradients 2 GB, the initial policy, which is kept, 2 GB.
 """
 

@@ -3,7 +3,7 @@
     python -m spark_jax.experiments.pipeline --config=configs/spark_qwen25_1_5b.py
 
 One model family throughout: Qwen2.5-1.5B-Instruct generates, verifies and becomes the reward model,
-Qwen2.5-1.5B is the policy. Our own numbers, smaller than the paper's. Wants one device of 80 GB:
+Qwen2.5-1.5B is the policy. Our own numbers, smaller than the paper's. Needs one device of 80 GB:
 the policy's float32 parameters and moments are 19 GB, its gradients 6 GB, the initial policy, which
 is kept, 6 GB.
 """

@@ -7,13 +7,13 @@ verifications (and what that starts from, evaluated), one policy by the process-
 and GRPO.
 
 Generator Qwen2.5-14B-Instruct, verifier Qwen3-32B, reward model from Qwen2.5-14B-Instruct, policy
-Qwen2.5-Math-7B. From the paper: 8 solutions at temperature .7, 16 verifications at .8 and top-p
-.95, groups of 16, batches of 256 prompts, learning rate 1e-6 with 1 % warm-up, KL .001 (k3) to the
-initial policy, prompts and responses of 2048 tokens. Our reading, where it is silent: the number of
-problems, the fine-tuning of the reward model, 400 RL steps, AdamW's weight decay.
+Qwen2.5-Math-7B. From the paper: 8 solutions at temperature 0.7, 16 verifications at 0.8 and top-p
+0.95, groups of 16, batches of 256 prompts, learning rate 1e-6 with 1 % warm-up, KL 0.001 (k3) to
+the initial policy, prompts and responses of 2048 tokens. Our reading, where it is silent: the
+number of problems, the fine-tuning of the reward model, 400 RL steps, AdamW's weight decay.
 
-The verifier alone is 64 GB in bfloat16, and the policy with its moments 91 GB: more than one device
-holds, so everything is spread over all devices of all processes there are (`mesh`).
+The verifier alone is 64 GB in bfloat16, and the policy with its moments 91 GB. That is more than
+one device holds, so everything is sharded over all devices of all processes (`mesh`).
 """
 
 from ml_collections import ConfigDict

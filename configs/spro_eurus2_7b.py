@@ -6,13 +6,13 @@ One run, with one seed. `pipeline` makes the same run, after a stage I and a rew
 does not need.
 
 Policy Eurus-2-7B-SFT. From the paper: rule-based outcome rewards, 4 samples a prompt at temperature
-1, learning rate 5e-7, no KL term, groups of an accuracy in [.2, .8]; the reference of the process
-rewards is the initial policy. Our reading, where it is silent: beta .05 (PRIME's), 256 prompts a
+1, learning rate 5e-7, no KL term, groups of an accuracy in [0.2, 0.8]; the reference of the process
+rewards is the initial policy. Our reading, where it is silent: beta 0.05 (PRIME's), 256 prompts a
 step, responses of 3072 tokens, 240 steps, the problems of MATH.
 
-No reward model, so the policy is all there is: 91 GB of float32 parameters and moments, 30 GB of
-gradients, 30 GB of the initial policy, the reference. That is more than one device holds, so all is
-spread over all devices of all processes there are (`mesh`).
+There is no reward model, only the policy: 91 GB of float32 parameters and moments, 30 GB of
+gradients, 30 GB of the initial policy, the reference. That is more than one device holds, so
+everything is sharded over all devices of all processes (`mesh`).
 """
 
 from ml_collections import ConfigDict

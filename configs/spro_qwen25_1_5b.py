@@ -3,7 +3,7 @@
     python -m spark_jax.experiments.train_rl --config=configs/spro_qwen25_1_5b.py
 
 One run, with one seed. Our own numbers, smaller than the paper's; its learning rate, group size,
-filter and beta. Wants one device of 80 GB: 19 GB of float32 parameters and moments, 6 GB of
+filter and beta. Needs one device of 80 GB: 19 GB of float32 parameters and moments, 6 GB of
 gradients, 6 GB of reference.
 """
 

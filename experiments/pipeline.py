@@ -2,10 +2,11 @@
 
     python -m spark_jax.experiments.pipeline --config=configs/demo.py
 
-For every seed: stage I makes step-by-step verifications without references, stage II a reward model
-from each aggregation method's, stage III policies with that reward model and with its baselines.
-Each part is the experiment of its own name in a folder of its own; a second start goes on where the
-first one stopped. Writes `summary.json`, `plots/*.png` and closing tables, which it also prints.
+For every seed of `pipeline.seeds`: stage I makes step-by-step verifications without references,
+stage II a reward model from those of each method of `verify.methods` (and evaluates what it starts
+from), stage III a policy for each of `pipeline.arms`, with the reward model of `prm.method` where
+its reward asks one. Each part is the experiment of its own name in a folder of its own; rerunning
+the command resumes. Writes `summary.json`, `plots/*.png` and closing tables, which it also prints.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BASE = "base"
 
 
 def run(config: Config, path: Path) -> dict[str, Any]:
-    """All runs of `config.pipeline` under the folder `path`; returns the summary."""
+    """Makes all runs of `config.pipeline` in folders below `path`; returns the summary."""
     check(config)
     if config.quick:
         config, path = quick_version(config), path.with_name(f"{path.name}-quick")
@@ -141,7 +142,7 @@ def arm_config(config: Config, arm: Config, seed: int, reward_model: str) -> Con
 
 
 def check(config: Config) -> None:
-    """All stages, and every arm of the last one."""
+    """Checks all stages, and every arm of the last one."""
     checks.check_stage1(config)
     checks.check_prm(config)
     if config.pipeline.sft:
