@@ -197,14 +197,6 @@ def libtpu_version() -> str:
     return next((package.version for package in found), "unknown")
 
 
-def has_libtpu() -> bool:
-    """Whether this machine can compile for TPUs."""
-    try:
-        return libtpu_path().is_file()
-    except RuntimeError:
-        return False
-
-
 def main() -> None:
     """The child process of `report`; called by hand it starts itself through it."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -14,9 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Int, Int32
 
 StepSpan = tuple[int, int]
 
@@ -174,20 +173,6 @@ def step_ids(
             )
         ids[row, : len(row_offsets)] = step_ids_from_offsets(row_spans, row_offsets)
     return ids
-
-
-def last_token_of_steps(
-    step_ids: Int[np.ndarray, "B T"] | Int[Array, "B T"], num_steps: int
-) -> Int32[Array, "B K"]:
-    """Position of the last token of each step 0..K-1, −1 where a row has no such step.
-
-    K = `num_steps` is static; steps from K on are left out. Safe under jit, vmap and any sharding
-    of B.
-    """
-    ids = jnp.asarray(step_ids)
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :, None]
-    here = ids[:, :, None] == jnp.arange(num_steps, dtype=ids.dtype)[None, None, :]
-    return jnp.max(jnp.where(here, positions, -1), axis=1, initial=-1)
 
 
 # --- sampled ids -> offsets ----------------------------------------------------------------------

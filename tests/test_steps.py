@@ -2,8 +2,6 @@
 
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -189,22 +187,6 @@ def test_step_ids_pads_rows_and_refuses_long_ones():
         steps.step_ids([[], [], []], offsets, 1)
     with pytest.raises(ValueError, match="3 rows of offsets"):
         steps.step_ids([[]], offsets, 4)
-
-
-def test_last_token_of_steps_against_a_loop_and_under_jit_and_vmap():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(-1, 6, (7, 20)).astype(np.int32)
-    ids[0] = -1
-    expected = np.full((7, 5), -1)
-    for b, t in np.ndindex(*ids.shape):
-        if 0 <= ids[b, t] < 5:
-            expected[b, ids[b, t]] = t
-    last = jax.jit(steps.last_token_of_steps, static_argnums=1)
-    np.testing.assert_array_equal(last(ids, 5), expected)
-    np.testing.assert_array_equal(steps.last_token_of_steps(jnp.asarray(ids), 5), expected)
-    stacked = jax.vmap(lambda x: steps.last_token_of_steps(x, 5))(jnp.stack([ids, ids[::-1]]))
-    np.testing.assert_array_equal(stacked[1], expected[::-1])
-    assert last(np.zeros((2, 0), np.int32), 3).tolist() == [[-1] * 3] * 2
 
 
 # --- sampled ids -> offsets ----------------------------------------------------------------------

@@ -7,20 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class BatchOrder(Protocol):
-    """`order[t]`: the rows of update t ≥ 0, an int array [batch_size / process_count]."""
+    """`order[t]`: the rows of update t ≥ 0, an int array [batch_size]."""
 
     def __getitem__(self, step: int, /) -> Any: ...
 
 
-def batch_order(
-    num_examples: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> BatchOrder:
+def batch_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
     """An endless sequence of batches: `order[t]` holds the rows of update t ≥ 0, an int array
-    [batch_size / process_count].
+    [batch_size].
 
     It is a function of the arguments alone, so a run resumes by going on at the next t; there is no
     position to save. Each epoch has an order of its own and every example once. (grain adds the
@@ -30,14 +24,11 @@ def batch_order(
 
     Args:
         num_examples: the rows are 0 .. num_examples − 1.
-        batch_size: rows of one update over all processes.
+        batch_size: rows of one update over all processes, each of which has the same order.
         seed: of the shuffle.
-        process_index: which slice of each batch this process takes, such as `jax.process_index()`.
-        process_count: how many processes share a batch. Their slices, one after the other, are the
-            batch that a single process would have: the updates do not depend on their number.
 
     Raises:
-        ValueError: nothing to draw from, or a batch that does not divide among the processes.
+        ValueError: no examples, or a batch of none.
     """
     import grain  # orbax with it
 
@@ -45,13 +36,5 @@ def batch_order(
         raise ValueError(
             f"num_examples={num_examples}, batch_size={batch_size}; both must be at least 1"
         )
-    if not 0 <= process_index < process_count or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} for process_index={process_index} of "
-            f"process_count={process_count}; the index must be below the count, and the batch a "
-            "multiple of it"
-        )
-    size = batch_size // process_count
-    own = slice(process_index * size, (process_index + 1) * size)
     rows = grain.MapDataset.range(num_examples).shuffle(seed=seed).repeat()
-    return rows.batch(batch_size).map(lambda batch: batch[own])
+    return rows.batch(batch_size)

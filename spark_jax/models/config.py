@@ -88,10 +88,6 @@ class ModelConfig:
     def compute_dtype(self) -> np.dtype:
         return jnp.dtype(self.dtype)
 
-    @property
-    def queries_per_kv(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
 
 def from_hf(hf: Mapping[str, Any], *, dtype: str = "float32") -> ModelConfig:
     """Reads the dictionary of a Hugging Face `config.json`. Generation settings in it (stop tokens,

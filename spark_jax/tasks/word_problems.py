@@ -196,11 +196,6 @@ def write_solution(steps: list[Step], answer: int) -> str:
     return f"<think>\n{lines}</think>\n<answer> \\boxed{{{answer}}} </answer>"
 
 
-def right_solution(chain: Chain) -> list[Step]:
-    """Each operation in turn, without an error."""
-    return noisy_solution(chain, 0.0, random.Random(0))
-
-
 def noisy_solution(chain: Chain, wrong: float, rng: random.Random) -> list[Step]:
     """Each step wrong with probability `wrong`, in its value or, one time in four, by a wrong
     operand; what follows goes on from what was claimed."""

@@ -68,14 +68,6 @@ def sft_step(
     return state, metrics | {"target_tokens": targets.sum().astype(jnp.float32)}
 
 
-def sft_loss(
-    params: Any, batch: SFTBatch, *, model_config: ModelConfig, chunk: int | None = None
-) -> Float[Array, ""]:
-    """The loss of `sft_step` without an update: nats per target token, for held-out data."""
-    weights = aggregation_weights(_targets(batch), "token_mean")
-    return _loss(params, batch, weights, model_config, chunk)
-
-
 def pack(examples: Mapping[str, Any], length: int) -> SFTBatch:
     """Several short examples to a row of `length` tokens, none cut: first fit, longest first.
 

@@ -27,7 +27,7 @@ class TrainState:
     params: Any
     opt_state: Any
     skipped: Any  # int32 scalar: updates left out because loss or gradient was not finite
-    key: Any  # the run's PRNG key, typed or raw uint32; it never changes: see `step_key`
+    key: Any  # the run's PRNG key, typed or raw uint32; never changes; fold `step` in to draw
 
 
 def create(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -49,12 +49,6 @@ def create(params: Any, optimizer: optax.GradientTransformation, key: Array) -> 
 def copy(params: Any) -> Any:
     """The same arrays in memory of their own, by one program for all of them."""
     return jax.tree.map(jnp.copy, params)
-
-
-def step_key(state: TrainState) -> Array:
-    """The key of the coming update: a function of the run's key and the step alone, so that a
-    resumed run draws what the uninterrupted one would have drawn."""
-    return jax.random.fold_in(state.key, state.step)
 
 
 def state_shardings(state_shape: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from experiment_runs import Stop
+from for_tpu import needs_libtpu
 from rich.console import Console
 
 from spark_jax.decoding.decoder import TOKENS
@@ -24,9 +25,6 @@ from spark_jax.experiments.pod_programs import Program
 from spark_jax.kernels import ahead_of_time, hlo
 from spark_jax.parallel.mesh import make_mesh
 
-needs_libtpu = pytest.mark.skipif(
-    not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods"
-)
 SMALL = {
     "model_type": "qwen2",
     "hidden_size": 256,

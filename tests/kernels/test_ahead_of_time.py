@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import pytest
+from for_tpu import needs_libtpu
 
 from spark_jax.kernels import ahead_of_time
 
@@ -67,7 +68,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
 
 
 @pytest.mark.slow(minutes=3)
-@pytest.mark.skipif(not ahead_of_time.has_libtpu(), reason="libtpu is not installed: make pods")
+@needs_libtpu
 def test_kernels_compile_for_all_generations_and_hold_no_scores():
     """Temporaries are a share of the reference's, as one generation has it, wherever the reference
     leaves VMEM."""

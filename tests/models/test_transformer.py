@@ -87,7 +87,7 @@ def numpy_logits(params, config, tokens):
         for t in range(len(xs)):
             x, heads = xs[t], []
             for head in range(config.num_heads):
-                kv = head // config.queries_per_kv
+                kv = head // (config.num_heads // config.num_kv_heads)
                 scores = np.array([queries[t][head] @ keys[s][kv] for s in range(t + 1)])
                 weights = np.exp(scores / np.sqrt(config.head_dim))
                 weights /= weights.sum()

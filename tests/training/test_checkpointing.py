@@ -35,7 +35,7 @@ def batch_for(state):
 
 @jax.jit
 def _batch_for(state):
-    tokens = jax.random.randint(train_state.step_key(state), (4, 8), 0, 11)
+    tokens = jax.random.randint(jax.random.fold_in(state.key, state.step), (4, 8), 0, 11)
     return SFTBatch(tokens=tokens, loss_mask=jnp.ones((4, 8), bool))
 
 

@@ -13,7 +13,6 @@ from spark_jax.training.sft import (
     SFTBatch,
     index_targets,
     pack,
-    sft_loss,
     sft_step,
     target_mask,
 )
@@ -43,7 +42,12 @@ SGD = optax.sgd(0.3)
 STEP = jax.jit(
     partial(sft_step, model_config=CONFIG, optimizer=SGD), static_argnames="accumulation_steps"
 )
-LOSS = jax.jit(partial(sft_loss, model_config=CONFIG))
+
+
+@partial(jax.jit, static_argnames="chunk")
+def loss_of(params, batch, chunk=None):
+    state = train_state.create(params, SGD, jax.random.key(0))
+    return sft_step(state, batch, model_config=CONFIG, optimizer=SGD, chunk=chunk)[1]["loss"]
 
 
 @jax.jit
@@ -66,7 +70,7 @@ def test_loss_is_numpy_cross_entropy_over_the_whole_batch():
     for b in range(ROWS):
         logprobs = full_logprobs(tokens[b])
         terms += [-logprobs[t - 1, tokens[b, t]] for t in range(1, LENGTH) if mask[b, t]]
-    got = jax.jit(partial(sft_loss, model_config=CONFIG, chunk=5))(params(), batch)
+    got = loss_of(params(), batch, chunk=5)
     np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
 
 
@@ -79,7 +83,7 @@ def test_packed_sequences_cost_what_they_cost_apart():
             logprobs = full_logprobs(part)
             terms += [-logprobs[t - 1, part[t]] for t in range(1, len(part))]
     assert int(target_mask(batch).sum()) == len(terms)
-    got = LOSS(params(), batch)
+    got = loss_of(params(), batch)
     np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
 
 
@@ -113,8 +117,8 @@ def test_training_learns_the_targets_and_nothing_else():
     # Tokens after the last target have no influence: changing them changes no gradient.
     other = batch.replace(tokens=batch.tokens.at[3, 8].set((batch.tokens[3, 8] + 1) % 11))
     np.testing.assert_array_equal(
-        LOSS(state.params, other),
-        LOSS(state.params, batch),
+        loss_of(state.params, other),
+        loss_of(state.params, batch),
     )
 
 
@@ -145,8 +149,8 @@ def test_packing_changes_the_rows_and_not_the_loss():
     examples = padded_examples([5, 3, 9, 2, 4, 7, 2, 6], LENGTH)
     packed = pack(examples, 12)
     assert packed.tokens.shape == (4, 12)  # 38 tokens: as few rows as there can be
-    apart = LOSS(params(), SFTBatch(**jax.tree.map(jnp.asarray, examples)))
-    together = LOSS(params(), jax.tree.map(jnp.asarray, packed))
+    apart = loss_of(params(), SFTBatch(**jax.tree.map(jnp.asarray, examples)))
+    together = loss_of(params(), jax.tree.map(jnp.asarray, packed))
     np.testing.assert_allclose(together, apart, rtol=1e-5)
 
 
@@ -173,8 +177,8 @@ def test_an_example_longer_than_a_row_is_refused():
 def test_indexed_targets_give_the_same_loss(make_batch):
     batch = make_batch().replace(positions=None)
     indexed = index_targets(batch)
-    got = LOSS(params(), jax.tree.map(jnp.asarray, indexed))
-    np.testing.assert_allclose(got, LOSS(params(), batch), rtol=1e-5)
+    got = loss_of(params(), jax.tree.map(jnp.asarray, indexed))
+    np.testing.assert_allclose(got, loss_of(params(), batch), rtol=1e-5)
     for row, index in enumerate(indexed.target_index):
         expected = [t for t in range(1, LENGTH) if target_mask(batch)[row, t - 1]]
         assert index[index > 0].tolist() == expected
@@ -198,7 +202,7 @@ def test_no_targets_at_all_have_an_index_too():
     batch = ragged_batch()
     empty = index_targets(batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask)))
     assert not empty.target_index.any()
-    assert float(LOSS(params(), jax.tree.map(jnp.asarray, empty))) == 0
+    assert float(loss_of(params(), jax.tree.map(jnp.asarray, empty))) == 0
 
 
 def test_prompts_do_not_meet_the_vocabulary():
@@ -208,6 +212,6 @@ def test_prompts_do_not_meet_the_vocabulary():
     assert indexed.target_index.shape == (ROWS, 8)
     few = indexed.replace(target_index=indexed.target_index[:, :3])
     for rows, b in ((48, indexed), (18, few)):
-        text = LOSS.lower(params(), b).as_text()
+        text = loss_of.lower(params(), b).as_text()
         assert f"tensor<{rows}x11xf32>" in text
         assert f"tensor<{ROWS * LENGTH}x11xf32>" not in text

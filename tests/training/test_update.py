@@ -114,9 +114,9 @@ def test_state_can_be_donated_and_typed_or_raw_keys_pass_through():
         step = jax.jit(
             lambda s, b: apply_update(s, b, loss_function, optimizer)[0], donate_argnums=0
         )
-        keys = [jax.random.normal(train_state.step_key(state))]
+        keys = [jax.random.normal(jax.random.fold_in(state.key, state.step))]
         for _ in range(2):
             state = step(state, batch)
-            keys.append(jax.random.normal(train_state.step_key(state)))
+            keys.append(jax.random.normal(jax.random.fold_in(state.key, state.step)))
         assert int(state.step) == 2
         assert len({float(k) for k in keys}) == 3
