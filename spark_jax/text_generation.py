@@ -48,7 +48,6 @@ class DecodeOptions:
 
     max_prompt_length: int | None = None
     slots: int | None = None
-    slots_per_lane: int | None = None
 
 
 class DecodeStatistics:

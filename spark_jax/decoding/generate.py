@@ -21,7 +21,7 @@ from spark_jax.parallel.sharding import batch_shards, constrain, mesh_in_scope
 
 # Sharing costs two more matrix products per layer and step, and saves (P - 1) · C prompt tokens:
 # below this it is not worth another program.
-MIN_SHARED_PREFIX = 64  # tokens
+MIN_SHARED_PREFIX = 64  # tokens; a shorter common prefix is not shared
 # Prefixes are cut to whole grains, so that what prompts agree in by chance beyond their template
 # compiles nothing, and the template needs no mask.
 PREFIX_GRAIN = 32  # tokens
@@ -44,8 +44,6 @@ def generate(
     max_new_tokens: int | Sequence[int],
     max_prompt_length: int | None = None,
     slots: int | None = None,
-    slots_per_lane: int | None = None,
-    min_shared_prefix: int = MIN_SHARED_PREFIX,
 ) -> Rollout:
     """Samples every prompt `samples_per_prompt` times.
 
@@ -66,10 +64,6 @@ def generate(
         that calls with different prompts share one compiled program.
       slots: rows decoded at the same time. None decodes all P · G at once; fewer is continuous
         batching: a finished row makes room for a waiting one.
-      slots_per_lane: slots that share one copy of a prompt, and take new prompts together. None
-        takes G; when rows have to wait 1, or more where copies of the prompts would take more room
-        than the responses.
-      min_shared_prefix: tokens; a shorter common prefix is not shared. At least 1.
 
     Raises:
       ValueError: an empty prompt, one above `max_prompt_length` or with an id outside the
@@ -84,8 +78,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         max_prompt_length=max_prompt_length,
         slots=slots,
-        slots_per_lane=slots_per_lane,
-        min_shared_prefix=min_shared_prefix,
     )
     out = decoder.decode(params, work.requests, key, config=config, shape=work.shape)
     samples = _samples(out, len(prompts) * samples_per_prompt, work)
@@ -158,16 +150,14 @@ def prepare(
     max_new_tokens: int | Sequence[int],
     max_prompt_length: int | None = None,
     slots: int | None = None,
-    slots_per_lane: int | None = None,
-    min_shared_prefix: int = MIN_SHARED_PREFIX,
 ) -> Work:
     """The checks and static shapes of `generate`, whose arguments these are: all but the decoding,
     so that its program can also be compiled ahead of time. Both with the same mesh in scope."""
     limits = _limits(max_new_tokens, len(prompts))
     lengths = _check_prompts(prompts, config.vocab_size, max_prompt_length)
     _check_positions(lengths, limits, config.max_positions)
-    _check_sizes(samples_per_prompt, slots, slots_per_lane, min_shared_prefix)
-    prefix = shared_prefix(prompts, min_shared_prefix)
+    _check_sizes(samples_per_prompt, slots)
+    prefix = shared_prefix(prompts)
     own = [prompt[prefix:] for prompt in prompts]
     own_length = max_prompt_length - prefix if max_prompt_length else ladder(max(map(len, own)))
     copies = _copies(len(prompts), samples_per_prompt, batch_shards())
@@ -177,7 +167,6 @@ def prepare(
         own_length,
         ladder(int(limits.max())),
         slots,
-        slots_per_lane,
     )
     requests = _requests(own, limits, sampling, copies, own_length)
     if prefix:
@@ -186,10 +175,10 @@ def prepare(
     return Work(requests, shape, int(limits.max()), prefix)
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PREFIX) -> int:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with and of which one copy will do, in whole grains; 0 where
-    that is less than `minimum` or there is one prompt only. Each prompt keeps a token of its own:
-    the decoder feeds every prompt's last token itself."""
+    that is less than `MIN_SHARED_PREFIX` or there is one prompt only. Each prompt keeps a token of
+    its own: the decoder feeds every prompt's last token itself."""
     if len(prompts) < 2:
         return 0
     # The common prefix of the least and the greatest in lexical order is that of all.
@@ -198,7 +187,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_PR
     pairs = zip(first[:limit], last[:limit], strict=True)
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
     common -= common % PREFIX_GRAIN
-    return common if common >= minimum else 0
+    return common if common >= MIN_SHARED_PREFIX else 0
 
 
 def compiled_programs() -> int:
@@ -214,15 +203,12 @@ def _shape(
     prompt_length: int,
     columns: int,
     slots: int | None,
-    slots_per_lane: int | None,
 ) -> decoder.Shape:
     shards = batch_shards()
     if slots is None or slots >= prompts * group_size:
         lanes = _multiple(ladder(prompts), shards)
-        width = min(slots_per_lane or group_size, group_size)
-        return decoder.Shape(lanes, width, group_size, columns, lanes, shards)
-    width = slots_per_lane or _lane_width(group_size, prompt_length, columns)
-    width = min(width, group_size, slots)
+        return decoder.Shape(lanes, group_size, group_size, columns, lanes, shards)
+    width = min(_lane_width(group_size, prompt_length, columns), slots)
     lanes = _multiple(max(1, slots // width), shards)
     prefill = max(1, min(lanes // shards // 4, -(-PREFILL_TOKENS // prompt_length)))
     return decoder.Shape(lanes, width, group_size, columns, prefill * shards, shards)
@@ -333,16 +319,8 @@ def _right_padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> n
     return tokens
 
 
-def _check_sizes(
-    samples_per_prompt: int, slots: int | None, slots_per_lane: int | None, min_shared_prefix: int
-) -> None:
-    sizes = dict(
-        samples_per_prompt=samples_per_prompt,
-        slots=slots,
-        slots_per_lane=slots_per_lane,
-        min_shared_prefix=min_shared_prefix,
-    )
-    for name, value in sizes.items():
+def _check_sizes(samples_per_prompt: int, slots: int | None) -> None:
+    for name, value in (("samples_per_prompt", samples_per_prompt), ("slots", slots)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; it must be at least 1")
 

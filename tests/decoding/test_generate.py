@@ -5,6 +5,7 @@ at once, and one each in `WAITING`, where rows wait; both for at most 20 tokens.
 """
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from spark_jax.models import transformer
 from spark_jax.models.config import ModelConfig
 from spark_jax.text_generation import rollout_texts
 
+sampler = importlib.import_module("spark_jax.decoding.generate")  # the package has the function
 CONFIG = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
 )
@@ -76,24 +78,16 @@ def test_greedy_equals_full_forwards(params, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"slots": 1},
-        {"slots": 6},
-        {"slots": 9, "slots_per_lane": 2},
-        {"slots": 15, "slots_per_lane": 5},
-    ],
-    ids=str,
-)
-def test_scheduling_changes_no_token(params, prompts, options):
+@pytest.mark.parametrize(("slots", "width"), [(1, 1), (6, 1), (9, 2), (15, 5)])
+def test_scheduling_changes_no_token(params, prompts, slots, width, monkeypatch):
     """100 tokens need both ring sizes, so slots of very different age share the cache. One row in
     three is greedy: continuous batching there is compared token for token at temperature 0."""
     assert decoder.Shape(1, 1, 1, ladder(100), 1).rings == (64, 128)
     sampling = decoding.Sampling(greedy=np.arange(7) % 3 == 0, stop_ids=(3,))
     common = {"samples_per_prompt": 5, "max_new_tokens": 100}
     together = generate(params, prompts, sampling, **common)
-    scheduled = generate(params, prompts, sampling, **common, **options)
+    monkeypatch.setattr(sampler, "_lane_width", lambda *_: width)
+    scheduled = generate(params, prompts, sampling, **common, slots=slots)
     lengths = list(map(len, responses(together)))
     assert max(lengths) > 64
     assert min(lengths) < 20
@@ -170,7 +164,7 @@ def test_sampler_agrees_with_scorer(prompts, dtype, cache_dtype, how, tolerance)
     assert np.all(np.asarray(rollout.logprobs)[~np.asarray(rollout.mask)] == 0)
 
 
-WITH_ALL = {"slots": 4, "min_shared_prefix": 1}
+WITH_ALL = {"slots": 4}
 
 
 @pytest.mark.slow
@@ -186,12 +180,12 @@ def test_a_cache_in_int8_costs_little(prompts, layout, how):
     """
     params = init(CONFIG, jax.random.key(0))
     if how:
-        prompts = [list(range(40)) + prompt for prompt in prompts]
+        prompts = [[*range(40), *range(30), *prompt] for prompt in prompts]
     config = dataclasses.replace(CONFIG, cache_dtype="int8")
     exact = generate(params, prompts, samples_per_prompt=4, **how)
     laid = params if layout == "stacked" else decoding.layout(params, config)
     rollout = generate(laid, prompts, config=config, samples_per_prompt=4, **how)
-    assert int(rollout.shared_prefix) == (32 if how else 0)
+    assert int(rollout.shared_prefix) == (64 if how else 0)
     same = np.cumprod(np.asarray(rollout.tokens) == np.asarray(exact.tokens), axis=1)
     same = same.astype(bool) & np.asarray(exact.mask)
     assert same.sum() > 0.4 * np.asarray(exact.mask).sum()  # nearly equal scores, by chance
@@ -290,14 +284,15 @@ class IdsAsText:
 
 
 @pytest.mark.slow
-def test_a_stage_of_groups_keeps_its_slots_busy_while_any_sample_waits(params):
+def test_a_stage_of_groups_keeps_its_slots_busy_while_any_sample_waits(params, monkeypatch):
     """Samples of unknown length, of more prompts than fit: no slot waits for its neighbours, and
     when no prompt waits any more, free slots take over samples of groups under way."""
     rng = np.random.default_rng(3)
     many = [rng.integers(0, 50, n).tolist() for n in rng.integers(4, 9, 10)]
     options = {"samples_per_prompt": 6, "max_new_tokens": 60}
     few = generate(params, many, slots=8, **options)
-    wide = generate(params, many, slots=8, slots_per_lane=4, **options)
+    monkeypatch.setattr(sampler, "_lane_width", lambda *_: 4)
+    wide = generate(params, many, slots=8, **options)
     assert responses(few) == responses(wide)
     assert float(few.queue_occupancy) > 0.9
     assert float(few.slot_occupancy) > 0.75
@@ -352,7 +347,6 @@ def test_ladder_is_short_and_never_too_small():
         ([[1]], {"max_new_tokens": [1, 2]}, r"max_new_tokens has shape \(2,\)"),
         ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt=0"),
         ([[1]], {"slots": 0}, "slots=0"),
-        ([[1]], {"slots_per_lane": 0}, "slots_per_lane=0"),
         ([[1], [1, 2]], {"max_new_tokens": 4095}, "prompt 1 has 2 tokens.*max_positions=4096"),
     ],
 )

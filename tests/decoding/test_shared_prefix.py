@@ -1,6 +1,7 @@
 """What all prompts begin with is held once: against the same prompts with nothing shared."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from spark_jax.decoding.generate import MIN_SHARED_PREFIX, PREFIX_GRAIN, shared_
 from spark_jax.models import cache, transformer
 from spark_jax.models.config import ModelConfig
 
+sampler = importlib.import_module("spark_jax.decoding.generate")  # the package has the function
 CONFIG = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
 )
 TEMPLATE = np.random.default_rng(1).integers(0, 50, 70).tolist()
-NEVER = 10**9
 STOP = decoding.Sampling(stop_ids=(3,))
 
 
@@ -36,6 +37,13 @@ score = jax.jit(scoring.response_logprobs_and_entropy, static_argnums=1)
 def generate(params, prompts, config=CONFIG, **options):
     options = {"sampling": STOP, "samples_per_prompt": 3, "max_new_tokens": 12, **options}
     return decoding.generate(params, config, prompts, key=jax.random.key(5), **options)
+
+
+def unshared(params, prompts, monkeypatch):
+    """`generate`, with a prompt's whole template in each prompt's own part."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sampler, "MIN_SHARED_PREFIX", 10**9)
+        return generate(params, prompts)
 
 
 def endings(*lengths):
@@ -58,27 +66,26 @@ def assert_same(shared, alone, prefix):
 
 
 @pytest.mark.parametrize("unstacked", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_sharing_changes_no_token(params, unstacked):
+def test_sharing_changes_no_token(params, unstacked, monkeypatch):
     """Ragged remainders; one prompt is the template itself and no more. (Fast tests compare the
     unstacked layout with the scorer.)"""
     prompts = [*endings(1, 9, 4), TEMPLATE]
     layout = decoding.layout(params, CONFIG) if unstacked else params
-    assert_same(
-        generate(layout, prompts), generate(layout, prompts, min_shared_prefix=NEVER), prefix=64
-    )
+    assert_same(generate(layout, prompts), unshared(layout, prompts, monkeypatch), prefix=64)
 
 
-def test_a_prompt_of_one_token_after_the_template(params):
+def test_a_prompt_of_one_token_after_the_template(params, monkeypatch):
     """Nothing of it is prefilled: its only own token is the first that is decoded."""
     others = [TEMPLATE[:64] + [n] * 15 for n in (8, 9, 10)]
     prompts = [[*TEMPLATE[:64], 7], *others]  # of the sizes above: the same programs
-    assert_same(generate(params, prompts), generate(params, prompts, min_shared_prefix=NEVER), 64)
+    assert_same(generate(params, prompts), unshared(params, prompts, monkeypatch), 64)
 
 
-def test_slots_and_lanes_change_no_token(params):
+def test_slots_and_lanes_change_no_token(params, monkeypatch):
     prompts = endings(3, 9, 1, 5)
     together = generate(params, prompts)
-    few = generate(params, prompts, slots=4, slots_per_lane=2)
+    monkeypatch.setattr(sampler, "_lane_width", lambda *_: 2)
+    few = generate(params, prompts, slots=4)
     assert int(few.shared_prefix) == 64
     assert responses(few) == responses(together)
     np.testing.assert_allclose(few.logprobs, together.logprobs, atol=1e-4)
@@ -142,16 +149,15 @@ def test_templates_and_prompts_within_their_bucket_compile_nothing(params):
     assert decoder.decode._cache_size() == before + 1
 
 
-def test_what_is_not_shared(params):
+def test_what_is_not_shared():
     other = [TEMPLATE[0] + 1, *TEMPLATE[1:]]
     assert shared_prefix([TEMPLATE]) == 0
     assert shared_prefix([TEMPLATE, other]) == 0
     assert shared_prefix([TEMPLATE, TEMPLATE, TEMPLATE[: MIN_SHARED_PREFIX - 1]]) == 0
     assert shared_prefix([TEMPLATE, TEMPLATE]) == 64
     # The shortest prompt keeps a token of its own.
-    assert shared_prefix([TEMPLATE[:64], TEMPLATE], minimum=1) == 32
-    with pytest.raises(ValueError, match="min_shared_prefix=0"):
-        generate(params, [TEMPLATE], min_shared_prefix=0)
+    assert shared_prefix([[*TEMPLATE, 1][:64], TEMPLATE]) == 0
+    assert shared_prefix([TEMPLATE[:65], TEMPLATE]) == 64
 
 
 @given(seed=st.integers(0, 10**6), grains=st.integers(0, 4), count=st.integers(2, 5))

@@ -214,7 +214,7 @@ REQUESTS = {
     ),
     "after_a_template": (
         [TEMPLATE + prompt for prompt in PROMPTS[:9]],
-        dict(samples_per_prompt=4, slots=12, slots_per_lane=2),
+        dict(samples_per_prompt=4, slots=12),
     ),
 }
 
