@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import weakref
@@ -32,8 +28,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
+
+from spark_jax.evaluation.worker_process import WorkerProcess, stop_all
 
 TIME_LIMIT = 5.0  # seconds of processor time for one pair: two readings, two comparisons
 CLOCK_FACTOR = 10  # the clock's limit, in time limits
@@ -108,11 +105,11 @@ class Grader:
         if time_limit <= 0 or memory_limit <= 0:
             raise ValueError(f"{time_limit=}, {memory_limit=}: limits must be above 0")
         self.time_limit, self.memory_limit = time_limit, memory_limit
-        self._idle: list[_Worker] = []
+        self._idle: list[WorkerProcess] = []
         self._counts: collections.Counter[str] = collections.Counter()
         self._equal = functools.lru_cache(maxsize=1 << 16)(self._ask_a_worker)
         self._own()
-        weakref.finalize(self, _stop_all, self._idle)  # at the latest when the interpreter ends
+        weakref.finalize(self, stop_all, self._idle)  # at the latest when the interpreter ends
 
     def same_answer(self, a: str | None, b: str | None) -> bool:
         """See `grading.same_answer`."""
@@ -141,23 +138,14 @@ class Grader:
         kinds = ("asked", "started", "retired", *_FAILURES)
         return {kind: self._counts[kind] for kind in kinds}
 
-    def process_ids(self) -> list[int]:
-        """Of the idle workers."""
-        return [worker.process.pid for worker in self._idle]
-
     def close(self) -> None:
         """Stops the idle workers. Whatever is graded after it starts new ones."""
-        _stop_all(self._idle)
+        stop_all(self._idle)
 
     def __enter__(self) -> Grader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _own(self) -> None:
@@ -173,7 +161,7 @@ class Grader:
         with self._free:
             worker = self._idle_worker()
             try:
-                reply = worker.ask(a, b)
+                reply = worker.ask([a, b], CLOCK_FACTOR * self.time_limit)
             except BaseException:  # an interrupt: its answer must not be taken for the next one's
                 worker.stop()
                 raise
@@ -193,18 +181,18 @@ class Grader:
             self._count("retired")
         return failure is None and reply["same"]
 
-    def _idle_worker(self) -> _Worker:
+    def _idle_worker(self) -> WorkerProcess:
         while True:
             try:
                 worker = self._idle.pop()
             except IndexError:
                 break
-            if worker.process.poll() is None:
+            if worker.alive():
                 return worker
             logger.warning("grading: an idle worker was killed; another takes its place")
             worker.stop()
         self._count("started")
-        return _Worker(self.time_limit, self.memory_limit)
+        return _started(self.time_limit, self.memory_limit)
 
     def _count(self, kind: str) -> int:
         with self._counting:
@@ -219,68 +207,24 @@ _FAILURES = {
 }
 
 
-class _Worker:
-    """One process and the pipe to it."""
-
-    def __init__(self, time_limit: float, memory_limit: int) -> None:
-        self.clock_limit = CLOCK_FACTOR * time_limit
-        self.connection, theirs = multiprocessing.Pipe()
-        file = Path(__file__).with_name("grading_worker.py")
-        arguments = [theirs.fileno(), os.getpid(), time_limit, memory_limit]
-        with theirs:
-            # -P: neither this folder nor the working directory hides an installed module.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(file), *map(str, arguments)],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONHASHSEED": "0"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        try:
-            first = self._receive(START_LIMIT)
-        except BaseException:
-            self.stop()
-            raise
-        if "memory_limited" not in first:
-            self.stop()
-            raise RuntimeError(
-                f"no grading worker could be started with {sys.executable}: "
-                f"{first.get('error', first.get('failure'))}"
-            )
-        if not first["memory_limited"]:
-            logger.warning("grading: this system has no limit of memory for a process")
-
-    def ask(self, a: str, b: str) -> dict[str, Any]:
-        """`same` and `last`, or `failure`, after which the worker is of no use."""
-        try:
-            self.connection.send_bytes(json.dumps([a, b]).encode())
-        except OSError:
-            return {"failure": "crashed"}
-        return self._receive(self.clock_limit)
-
-    def _receive(self, limit: float) -> dict[str, Any]:
-        try:
-            if not self.connection.poll(limit):
-                return {"failure": "clock_limit"}
-            return json.loads(self.connection.recv_bytes())
-        except (EOFError, OSError, ValueError):
-            self.connection.close()
-        try:
-            code = self.process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return {"failure": "crashed"}
-        return {"failure": "time_limit" if code == -signal.SIGPROF else "crashed"}
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-
-
-def _stop_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().stop()
+def _started(time_limit: float, memory_limit: int) -> WorkerProcess:
+    """A worker that is ready to grade. RuntimeError, with the reason, where there can be none."""
+    file = Path(__file__).with_name("grading_worker.py")
+    worker = WorkerProcess(file, time_limit, memory_limit)
+    try:
+        first = worker.receive(START_LIMIT)
+    except BaseException:
+        worker.stop()
+        raise
+    if "memory_limited" not in first:
+        worker.stop()
+        raise RuntimeError(
+            f"no grading worker could be started with {sys.executable}: "
+            f"{first.get('error', first.get('failure'))}"
+        )
+    if not first["memory_limited"]:
+        logger.warning("grading: this system has no limit of memory for a process")
+    return worker
 
 
 _SHARING = threading.Lock()

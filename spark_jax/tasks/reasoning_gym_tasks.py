@@ -16,10 +16,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -28,6 +25,7 @@ from typing import Any
 from spark_jax.data.formats import TextFormat
 from spark_jax.data.problems import question_key
 from spark_jax.data.records import Problem
+from spark_jax.evaluation.worker_process import WorkerProcess, stop_all
 from spark_jax.tasks.problem_sets import SPLITS, Split
 
 logger = logging.getLogger(__name__)
@@ -197,58 +195,26 @@ class _Worker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: list[Any] = []  # [process, connection] while there is one
-        weakref.finalize(self, _stop, self._process)
+        self._process: list[WorkerProcess] = []  # at most one
+        weakref.finalize(self, stop_all, self._process)
 
     def ask(self, request: list[Any], seconds: float) -> dict[str, Any]:
-        """The worker's reply; {} where it was ended by a limit, or does not reply in time."""
+        """The worker's reply, or `WorkerProcess.receive`'s failure, after which it is stopped."""
         with self._lock:
-            if self._process and self._process[0].poll() is not None:
+            if self._process and not self._process[0].alive():
                 logger.warning("reasoning_gym: the idle worker was killed; another takes its place")
-                _stop(self._process)
+                stop_all(self._process)
             if not self._process:
-                self._process.extend(_start())
-            connection = self._process[1]
+                file = Path(__file__).with_name("reasoning_gym_worker.py")
+                self._process.append(WorkerProcess(file, json.dumps(LIMITS)))
             try:
-                connection.send_bytes(json.dumps(request).encode())
-                if connection.poll(seconds):
-                    reply: dict[str, Any] = json.loads(connection.recv_bytes())
-                    return reply
-            except (EOFError, OSError):
-                pass
+                reply = self._process[0].ask(request, seconds)
             except BaseException:  # an interrupt: the reply must not be taken for the next one's
-                _stop(self._process)
+                stop_all(self._process)
                 raise
-            _stop(self._process)
-            return {}
-
-
-def _start() -> tuple[Any, Any]:
-    connection, theirs = multiprocessing.Pipe()
-    file = Path(__file__).with_name("reasoning_gym_worker.py")
-    with theirs:
-        # -P: nothing beside the file hides an installed module. One hash seed: entries do not
-        # depend on the order of sets.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(file), str(theirs.fileno()), str(os.getpid()),
-             json.dumps(LIMITS)],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONHASHSEED": "0"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-    return process, connection
-
-
-def _stop(process: list[Any]) -> None:
-    while process:
-        process.pop().close() if len(process) == 2 else _kill(process.pop())
-
-
-def _kill(process: Any) -> None:
-    process.kill()
-    process.wait()
+            if "failure" in reply:
+                stop_all(self._process)
+            return reply
 
 
 @functools.cache

@@ -354,6 +354,11 @@ def test_the_references_of_math_500(every):
 # Workers
 
 
+def worker_ids(grader):
+    """Processes of the idle workers."""
+    return [worker.process.pid for worker in grader._idle]
+
+
 def test_threads_share_the_workers_and_get_their_own_answers():
     pairs = [(f"\\sqrt{{{n * n}}}+x", f"x+{n + n % 2}") for n in range(24)]
     expected = [n % 2 == 0 for n in range(24)]
@@ -362,7 +367,7 @@ def test_threads_share_the_workers_and_get_their_own_answers():
             assert batch == expected[-len(batch) :]
         assert list(threads.map(lambda pair: grader.same_answer(*pair), pairs)) == expected
         assert grader.counts()["started"] == 2
-        assert len(grader.process_ids()) == 2
+        assert len(worker_ids(grader)) == 2
 
 
 def test_rows_are_graded_side_by_side_in_their_order():
@@ -382,17 +387,17 @@ def test_rows_are_graded_side_by_side_in_their_order():
 def test_a_killed_worker_is_replaced(caplog):
     with Grader(1, time_limit=0.5) as grader:
         assert grader.same_answer(*HARD)
-        (before,) = grader.process_ids()
+        (before,) = worker_ids(grader)
         assert not grader.same_answer("9^{9^{9^{9}}}", "7")
-        assert grader.process_ids() == []
+        assert worker_ids(grader) == []
         assert not alive(before)
         assert grader.same_answer("\\sqrt{8}", "2\\sqrt2")
-        (after,) = grader.process_ids()
+        (after,) = worker_ids(grader)
         assert after != before
         os.kill(after, signal.SIGKILL)  # while idle: no answer is to blame, and none is wrong
         wait_until(lambda: not alive(after))
         assert grader.same_answer("\\sqrt{27}", "3\\sqrt3")
-        assert grader.process_ids() != [after]
+        assert worker_ids(grader) != [after]
         assert grader.counts() == {
             "asked": 4, "started": 3, "retired": 0, "time_limit": 1, "clock_limit": 0, "crashed": 0
         }  # fmt: skip
@@ -402,14 +407,14 @@ def test_a_worker_that_dies_or_stops_at_work_counts_as_wrong(monkeypatch):
     monkeypatch.setattr(grading, "CLOCK_FACTOR", 0.05)
     with Grader(1, time_limit=20) as grader:
         assert grader.same_answer(*HARD)
-        (worker,) = grader.process_ids()
+        (worker,) = worker_ids(grader)
         os.kill(worker, signal.SIGSTOP)  # takes no processor time: the clock's limit ends it
         assert not grader.same_answer("\\sqrt{8}", "2\\sqrt2")
         assert not alive(worker)
         assert grader.counts()["clock_limit"] == 1
     with Grader(1, time_limit=600) as grader:
         assert grader.same_answer(*HARD)
-        (worker,) = grader.process_ids()
+        (worker,) = worker_ids(grader)
         threading.Timer(0.5, os.kill, (worker, signal.SIGKILL)).start()
         assert not grader.same_answer("9^{9^{9^{9}}}", "7")
         assert grader.counts()["crashed"] == 1
@@ -419,11 +424,11 @@ def test_waiting_for_a_processor_is_nobodys_fault():
     """Stopped for longer than its time limit, a worker still says what it would have said."""
     with Grader(1, time_limit=0.5) as grader:
         assert grader.same_answer(*HARD)
-        (worker,) = grader.process_ids()
+        (worker,) = worker_ids(grader)
         os.kill(worker, signal.SIGSTOP)
         threading.Timer(1.5, os.kill, (worker, signal.SIGCONT)).start()
         assert grader.same_answer("\\sqrt{8}", "2\\sqrt2")
-        assert grader.process_ids() == [worker]
+        assert worker_ids(grader) == [worker]
 
 
 def test_an_interrupt_leaves_no_reply_behind(request):
@@ -433,7 +438,7 @@ def test_an_interrupt_leaves_no_reply_behind(request):
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Grader(1) as grader:
         assert grader.same_answer(*HARD)
-        (worker,) = grader.process_ids()
+        (worker,) = worker_ids(grader)
         os.kill(worker, signal.SIGSTOP)
         main = threading.main_thread().ident
         threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
@@ -453,7 +458,7 @@ def test_a_worker_that_has_grown_is_replaced_and_its_word_counts():
 def test_memory_is_limited_and_a_worker_loads_neither_jax_nor_spark_jax():
     with Grader(1, memory_limit=256 * 2**20) as grader:
         assert grader.same_answer(*HARD)
-        (worker,) = grader.process_ids()
+        (worker,) = worker_ids(grader)
         limits = Path(f"/proc/{worker}/limits").read_text()
         assert re.search(rf"Max address space +{256 * 2**20} ", limits)
         libraries = Path(f"/proc/{worker}/maps").read_text()
@@ -473,7 +478,7 @@ import os, sys, time
 from spark_jax.evaluation.grading import Grader
 grader = Grader(1)
 assert grader.same_answer("x+1", "1+x")
-print(grader.process_ids()[0], flush=True)
+print(grader._idle[0].process.pid, flush=True)
 {then}
 """
 

@@ -162,12 +162,12 @@ def test_any_thread_may_grade():
 def test_a_killed_worker_is_replaced():
     gcd = task("gcd")
     before = gcd.problems(2, 5, "train")
-    process = gym._worker(os.getpid())._process[0]
+    process = gym._worker(os.getpid())._process[0].process
     process.kill()
     process.wait()
     assert gcd.text_format.same_answer(oracle(before[0]), before[0].answer)
     assert gcd.problems(2, 5, "train") == before
-    assert gym._worker(os.getpid())._process[0] is not process
+    assert gym._worker(os.getpid())._process[0].process is not process
 
 
 def test_a_shown_reference_is_the_entrys_answer():
