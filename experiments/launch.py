@@ -7,7 +7,6 @@ A configuration that cannot work is refused before anything is computed.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -19,7 +18,6 @@ from typing import Any, NoReturn
 
 import absl.logging
 import jax
-import ml_collections
 from absl import app
 from ml_collections import config_flags
 
@@ -123,7 +121,7 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
 
     Raises:
       FileNotFoundError: no such config file.
-      ConfigError: no `--config`, or a field that the config does not have, with its neighbours.
+      ConfigError: no `--config`, or a field that the config does not have, with its name.
     """
     if "--config" in arguments[:-1]:  # `--config FILE`, as absl also allows
         at = list(arguments).index("--config")
@@ -132,14 +130,15 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     if not files:
         raise ConfigError("--config=FILE is missing, such as --config=configs/demo.py")
     path = configuration.config_path(files[-1])
-    fields = _fields(configuration.load_config(path))
-    for argument in arguments:
-        name = argument.split("=", 1)[0]
-        if name.startswith("--config.") and name.removeprefix("--config.") not in fields:
+    config = configuration.load_config(path)
+    for name in (argument.partition("=")[0] for argument in arguments):
+        if name.startswith("--config."):
             field = name.removeprefix("--config.")
-            siblings = [f for f in fields if f.rpartition(".")[0] == field.rpartition(".")[0]]
-            close = difflib.get_close_matches(field, fields, n=5, cutoff=0.5) or siblings or fields
-            raise ConfigError(f"config field {field!r} is unknown; did you mean one of {close}?")
+            try:
+                configuration.value_of(config, field)
+            except (AttributeError, KeyError, TypeError) as error:
+                why = " ".join(str(error.args[0]).split())  # ml_collections: "Did you mean ..."
+                raise ConfigError(f"config field {field!r} is unknown: {why}") from None
     return [f"--config={path}" if a.startswith("--config=") else a for a in arguments]
 
 
@@ -154,12 +153,3 @@ def _end_among_others(error: Exception) -> NoReturn:
         flush=True,
     )
     os._exit(1)
-
-
-def _fields(config: Config, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in config.items():
-        names.append(prefix + name)
-        if isinstance(value, ml_collections.ConfigDict):
-            names += _fields(value, f"{prefix}{name}.")
-    return names

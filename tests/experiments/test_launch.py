@@ -194,7 +194,7 @@ def test_documented_commands_pass_their_checks(name, arguments, tmp_path, monkey
 
 
 def test_command_line_names_unknown_fields_and_files():
-    with pytest.raises(ValueError, match=r"'rl.advantge' is unknown.*'rl.advantage'"):
+    with pytest.raises(ValueError, match=r"'rl.advantge' is unknown.*Did you mean .advantage."):
         launch.check_arguments(["x", "--config=configs/demo.py", "--config.rl.advantge=spro"])
     with pytest.raises(FileNotFoundError, match=r"'configs/none.py'.*demo.py"):
         launch.check_arguments(["x", "--config=configs/none.py"])
