@@ -18,7 +18,7 @@ from spark_jax.data.formats import SameAnswer, Sample, TextFormat
 from spark_jax.data.records import Problem, Provenance, SamplingSettings
 from spark_jax.data.resumable import Chunk, OnProgress, continue_file, in_chunks, provenance
 from spark_jax.evaluation.grading import in_threads
-from spark_jax.evaluation.intervals import Interval, bootstrap_interval
+from spark_jax.evaluation.intervals import Interval, bootstrap_interval, percentile_interval
 from spark_jax.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from spark_jax.response_format import format_ok, valid_part
 
@@ -208,9 +208,8 @@ def mean_accuracy(
         different, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
         drawn = rng.multinomial(len(values), counts / len(values), size=resamples)
         draws.append(drawn @ different / len(values))
-    low, high = np.quantile(np.mean(draws, axis=0), [(1 - level) / 2, (1 + level) / 2])
-    estimate = np.mean([np.mean(values) for values in shares.values()])
-    return Interval(float(estimate), float(low), float(high))
+    estimate = _mean([np.mean(values) for values in shares.values()])
+    return percentile_interval(estimate, np.mean(draws, axis=0), level)
 
 
 def _figures(graded: Sequence[Graded], k: int) -> dict[str, Any]:

@@ -40,8 +40,13 @@ def bootstrap_interval(
         raise ValueError(f"resamples={resamples}: at least one is needed")
     rng, n = np.random.default_rng(seed), len(values)
     means = [values[rng.integers(n, size=(k, n))].mean(axis=1) for k in _blocks(resamples, n)]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    return percentile_interval(float(values.mean()), np.concatenate(means), level)
+
+
+def percentile_interval(estimate: float, draws: Float[np.ndarray, "k"], level: float) -> Interval:
+    """Return the estimate with the central share `level` of its k resampled values."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high))
 
 
 def t_interval(values: Values, *, level: float = 0.95) -> Interval:
@@ -150,9 +155,8 @@ def _crossed(runs: list[np.ndarray], level: float, resamples: int, seed: int) ->
         problems = _drawn_shares(rng, n, k)
         means = [_drawn_shares(rng, len(values), k) @ values * problems for values in runs]
         drawn.append(means[0].sum(axis=1) - sum(other.sum(axis=1) for other in means[1:]))
-    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     estimate = float(runs[0].mean()) - sum(float(other.mean()) for other in runs[1:])
-    return Interval(estimate, float(low), float(high))
+    return percentile_interval(estimate, np.concatenate(drawn), level)
 
 
 def _drawn_shares(rng: np.random.Generator, n: int, k: int) -> Float[np.ndarray, "k n"]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from spark_jax.evaluation.intervals import Interval
+from spark_jax.data.records import from_json
+from spark_jax.evaluation.intervals import Interval, percentile_interval
 
 SPLITS = ("gsm8k", "math", "olympiadbench", "omnimath")
 NO_ERROR = -1
@@ -70,7 +71,7 @@ def score_intervals(
     without resampled apart, for a subset fixes how many there are of each."""
     figures = score(predictions, labels)
     draws = _bootstrap(predictions, labels, resamples, np.random.default_rng(seed))
-    return {name: _interval(figures[name], draws[name], level) for name in figures}
+    return {name: percentile_interval(figures[name], draws[name], level) for name in figures}
 
 
 def mean_f1_interval(
@@ -84,7 +85,7 @@ def mean_f1_interval(
     estimate = mean_f1({name: score(*pair) for name, pair in subsets.items()})
     rng = np.random.default_rng(seed)
     draws = [_bootstrap(*pair, resamples, rng)["f1"] for pair in subsets.values()]
-    return _interval(estimate, np.mean(draws, axis=0), level)
+    return percentile_interval(estimate, np.mean(draws, axis=0), level)
 
 
 def first_error(verdicts: Sequence[bool]) -> int:
@@ -202,33 +203,20 @@ def is_rewritten(sample: ProcessBenchSample) -> bool:
     return any(_shown(step) != step.strip() for step in sample.steps)
 
 
-_FIELDS = {
-    "id": str,
-    "problem": str,
-    "steps": list,
-    "label": int,
-    "final_answer_correct": bool,
-    "generator": str,
-}
+_FIELDS = {field.name for field in dataclasses.fields(ProcessBenchSample)}
 
 
 def _sample(row: Any, place: str) -> ProcessBenchSample:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object, got {row!r}")
-    for field, kind in _FIELDS.items():
-        if type(row.get(field)) is not kind:
-            raise ValueError(
-                f"{place}: {field!r} must be of type {kind.__name__}, got {row.get(field)!r}"
-            )
-    if not all(isinstance(step, str) for step in row["steps"]):
-        raise ValueError(f"{place}: 'steps' must hold texts only, got {row['steps']!r}")
-    if not NO_ERROR <= row["label"] < len(row["steps"]):
+    known = {k: row[k] for k in row if k in _FIELDS} if isinstance(row, dict) else row
+    try:
+        sample = from_json(known, ProcessBenchSample)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not NO_ERROR <= sample.label < len(sample.steps):
         raise ValueError(
-            f"{place}: label {row['label']} is no step's index among {len(row['steps'])}, nor -1"
+            f"{place}: label {sample.label} is no step's index among {len(sample.steps)}, nor -1"
         )
-    return ProcessBenchSample(
-        **{field: row[field] for field in _FIELDS if field != "steps"}, steps=tuple(row["steps"])
-    )
+    return sample
 
 
 _TAG = re.compile(r"<(/?(?:think|step|answer))>")
@@ -275,11 +263,6 @@ def _bootstrap(
     total = error_acc + correct_acc
     f1 = 2 * error_acc * correct_acc / np.where(total == 0, 1.0, total)
     return {"error_acc": error_acc, "correct_acc": correct_acc, "f1": f1}
-
-
-def _interval(estimate: float, draws: np.ndarray, level: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high))
 
 
 def _mean(values: Sequence[float]) -> float:
