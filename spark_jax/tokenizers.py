@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spark_jax.data.formats import RewardKind, TextFormat
-from spark_jax.data.records import Problem
+from spark_jax.data.formats import TextFormat
 
 logger = logging.getLogger(__name__)
 
@@ -123,31 +122,16 @@ def without_special_tokens(tokenizer: Any, text: str) -> str:
 def chat_format(text_format: TextFormat, tokenizer: Any, options: ChatOptions) -> TextFormat:
     """The format with every prompt rendered for one model: stages encode prompts as they stand."""
 
-    def shown(prompt: str) -> str:
-        return render(tokenizer, prompt, options)
-
-    def solve_prompt(problem: Problem) -> str:
-        return shown(text_format.solve_prompt(problem))
-
-    def verify_prompt(problem: Problem, solution: str, reference: str | None) -> str:
-        return shown(text_format.verify_prompt(problem, solution, reference))
-
-    def critique_prompt(problem: Problem, solution: str, verification: str) -> str:
-        return shown(text_format.critique_prompt(problem, solution, verification))
-
-    def merge_prompt(problem: Problem, solution: str, verification: str, critique: str) -> str:
-        return shown(text_format.merge_prompt(problem, solution, verification, critique))
-
-    def reward_prompt(kind: RewardKind, problem: Problem, solution: str) -> str:
-        return shown(text_format.reward_prompt(kind, problem, solution))
+    def shown(make: Callable[..., str]) -> Callable[..., str]:
+        return lambda *arguments: render(tokenizer, make(*arguments), options)
 
     return dataclasses.replace(
         text_format,
-        solve_prompt=solve_prompt,
-        verify_prompt=verify_prompt,
-        critique_prompt=critique_prompt,
-        merge_prompt=merge_prompt,
-        reward_prompt=reward_prompt,
+        solve_prompt=shown(text_format.solve_prompt),
+        verify_prompt=shown(text_format.verify_prompt),
+        critique_prompt=shown(text_format.critique_prompt),
+        merge_prompt=shown(text_format.merge_prompt),
+        reward_prompt=shown(text_format.reward_prompt),
     )
 
 
