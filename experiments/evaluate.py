@@ -210,11 +210,7 @@ def held_out_solutions(config: Config, task: tasks.Task) -> tuple[list[Problem],
     samples = text_sampler(generator, configuration.decode_options(config))(
         [shown.solve_prompt(problem) for problem in problems],
         samples_per_prompt=1,
-        settings=SamplingSettings(
-            temperature=config.generate.temperature,
-            top_p=config.generate.top_p,
-            max_new_tokens=config.decode.max_new_tokens,
-        ),
+        settings=loading.sampling(config, config.generate),
         seed=config.seed + HELD_OUT_SEED,
     )
     solutions = [
@@ -304,11 +300,7 @@ def make_judge(config: Config, task: tasks.Task, model: TextModel, kind: JudgeKi
         sample=text_sampler(model, options),
         text_format=task.text_format,
         kind=kind,
-        settings=SamplingSettings(
-            temperature=config.verify.temperature,
-            top_p=config.verify.top_p,
-            max_new_tokens=config.decode.max_new_tokens,
-        ),
+        settings=loading.sampling(config, config.verify),
         votes=config.evaluate.votes,
         token_logprobs=functools.partial(score_in_batches, model),
         tokenizer=model.tokenizer,
@@ -388,11 +380,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], tables.Table]] = {
 
 
 def policy_settings(config: Config) -> SamplingSettings:
-    return SamplingSettings(
-        temperature=config.evaluate.temperature,
-        top_p=config.evaluate.top_p,
-        greedy=config.evaluate.greedy,
-        max_new_tokens=config.decode.max_new_tokens,
+    return dataclasses.replace(
+        loading.sampling(config, config.evaluate), greedy=config.evaluate.greedy
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from spark_jax import tasks
 from spark_jax.data.formats import Sample
-from spark_jax.data.records import Problem, SamplingSettings, Solution, VerifiedSolution, read_jsonl
+from spark_jax.data.records import Problem, Solution, VerifiedSolution, read_jsonl
 from spark_jax.experiments import checks, configuration, launch, loading
 from spark_jax.experiments.base_config import FORMER_DEFAULTS
 from spark_jax.experiments.configuration import Config, ConfigError
@@ -66,7 +66,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             problems,
             loading.for_model(task, model.tokenizer, config).text_format,
             samples_per_problem=config.generate.samples_per_problem,
-            settings=settings(config, config.generate),
+            settings=loading.sampling(config, config.generate),
             seed=config.seed,
             path=path / SOLUTIONS,
             model=model.name,
@@ -87,7 +87,7 @@ def run(config: Config, path: Path, on_progress: OnProgress | None = None) -> di
             loading.for_model(task, model.tokenizer, config).text_format,
             methods=config.verify.methods,
             samples_per_solution=config.verify.samples_per_solution,
-            settings=settings(config, config.verify),
+            settings=loading.sampling(config, config.verify),
             seed=config.seed,
             path=path / VERIFIED,
             model=model.name,
@@ -208,14 +208,6 @@ def by_sample_count(
         for n in config.verify.report_sample_counts
         if n <= config.verify.samples_per_solution and methods
     }
-
-
-def settings(config: Config, section: Config) -> SamplingSettings:
-    return SamplingSettings(
-        temperature=section.temperature,
-        top_p=section.top_p,
-        max_new_tokens=config.decode.max_new_tokens,
-    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spark_jax import decoding, tasks, tokenizers
+from spark_jax.data.records import SamplingSettings
 from spark_jax.experiments import configuration
 from spark_jax.experiments.configuration import Config, ConfigError
 from spark_jax.models import checkpoints, transformer
@@ -135,3 +136,12 @@ def for_model(task: tasks.Task, tokenizer: Any, config: Config) -> tasks.Task:
         task.text_format, tokenizer, configuration.chat_options(config)
     )
     return dataclasses.replace(task, text_format=text_format)
+
+
+def sampling(config: Config, section: Config) -> SamplingSettings:
+    """Return how a section's texts are sampled: its temperature and top-p, `decode`'s limit."""
+    return SamplingSettings(
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_new_tokens=config.decode.max_new_tokens,
+    )
