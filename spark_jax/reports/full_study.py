@@ -19,19 +19,35 @@ from spark_jax.data.records import Solution, Verification, VerifiedSolution, rea
 from spark_jax.evaluation.intervals import paired_permutation_test
 from spark_jax.reports import study
 from spark_jax.reports.benchmarks import Table, markdown
-from spark_jax.reports.tables import MISSING, interval, verdict
+from spark_jax.reports.tables import MISSING, estimates, interval, last, stage1, verdict
 from spark_jax.training.metrics import read_metrics
 from spark_jax.verification.report import sampled_detection
 
-STAGE2_METRICS = (
-    "f1",
-    "majority_f1",
-    "overall_accuracy",
-    "majority_overall_accuracy",
-    "soft_auc",
-    "yes",
-    "unparseable",
-)
+STAGE2_COLUMNS = {
+    "F1": "f1",
+    "F1, votes": "majority_f1",
+    "overall": "overall_accuracy",
+    "overall, votes": "majority_overall_accuracy",
+    "soft AUC": "soft_auc",
+    "says Yes": "yes",
+    "unread": "unparseable",
+}
+STAGE2_METRICS = tuple(STAGE2_COLUMNS.values())
+VERIFIER_COLUMNS = {
+    "readable": "validity",
+    "detects": "detection",
+    "detects, vote": "voted_detection",
+    "doubts": "doubt",
+    "doubts, vote": "voted_doubt",
+    "step accuracy": "accuracy",
+    "step accuracy, vote": "voted_accuracy",
+}
+PROBLEMS_COLUMNS = {
+    "F1": "f1",
+    "F1, votes": "majority_f1",
+    "overall": "overall_accuracy",
+    "soft AUC": "soft_auc",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +91,7 @@ def collect(path: Path, outline: Outline) -> dict[str, Any]:
         ],
         "stage2": _stage2(path / "prm", outline),
         "problems": {
-            str(number): _reward_model(found)
+            str(number): study.stage2_scores(found, STAGE2_METRICS)
             for number in outline.problem_counts
             if (found := _summaries(path / "prm_by_problems" / str(number), outline.fewer))
         },
@@ -174,28 +190,17 @@ def _stage2(path: Path, outline: Outline) -> dict[str, Any]:
     weak = f"a verifier of {outline.weak_updates} updates"
     for name, source, seeds in (("base", "", outline.seeds), ("weak", weak, outline.fewer)):
         if found := _summaries(path / name, seeds):
-            made[name] = {source: _reward_model(found)}
+            made[name] = {source: study.stage2_scores(found, STAGE2_METRICS)}
     for kind in outline.kinds:
         seeds = outline.seeds if kind == "prm_cot" else outline.fewer
         rows = {
-            method: _reward_model(found)
+            method: study.stage2_scores(found, STAGE2_METRICS)
             for method in outline.methods
             if (found := _summaries(path / kind / method, seeds))
         }
         if rows:
             made[kind] = rows
     return made
-
-
-def _reward_model(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """metric → estimate; a trained model's scores stand under `held_out`."""
-    scores = [summary.get("held_out", summary) for summary in summaries]
-    flat = [{**s, "overall_accuracy": s["overall_accuracy"]["estimate"]} for s in scores]
-    return {
-        name: study.over_seeds([score.get(name) for score in flat])
-        for name in STAGE2_METRICS
-        if any(name in score for score in flat)
-    }
 
 
 def _part(path: Path, part: str, outline: Outline) -> dict[str, Any]:
@@ -300,35 +305,20 @@ def _finished(folder: Path, seeds: Sequence[int]) -> list[Path]:
 
 
 def _stage1_table(found: Mapping[str, Any]) -> Table:
-    rows = [
-        (method, n, *(interval(score, 3) for score in scores.values()))
-        for method, by_count in found["stage1"].items()
-        for n, scores in by_count.items()
-    ]
-    columns = ("method", "N", "step accuracy", "overall accuracy", "derived accuracy")
     notes = (
         "Derived: the overall verdict taken to be Yes where every step is judged correct.",
         f"Methods with a critique are at N = {found['num_samples']} only: fewer samples choose "
         "another verification, and its critique would have to be sampled anew.",
     )
-    return Table("Stage I: verifications against the truth", columns, tuple(rows), notes)
+    return stage1("Stage I: verifications against the truth", found["stage1"], notes, decimals=3)
 
 
 def _verifier_table(found: Mapping[str, Any]) -> Table:
-    names = [
-        f"{prefix}{name}"
-        for name in ("detection", "doubt", "accuracy")
-        for prefix in ("", "voted_")
-    ]
-    rows = [
-        (str(row["updates"]), *(interval(row[name], 3) for name in ("validity", *names)))
-        for row in found["verifier"]
-    ]
-    columns = ("updates", "readable", "detects", "detects, vote", "doubts", "doubts, vote")
-    return Table(
+    return estimates(
         f"Stage I: one verification and a vote over {found['num_samples']}, by verifier",
-        (*columns, "step accuracy", "step accuracy, vote"),
-        tuple(rows),
+        ("updates",),
+        [((str(row["updates"]),), row) for row in found["verifier"]],
+        VERIFIER_COLUMNS,
         (
             "Updates: of the verifier's pretraining, one for all seeds; solutions are the base's, "
             "which is the last verifier. Early in it chance decides much, and intervals are of "
@@ -342,23 +332,18 @@ def _verifier_table(found: Mapping[str, Any]) -> Table:
 
 def _stage2_table(stage2: Mapping[str, Any]) -> Table:
     rows = [
-        (kind, method or MISSING, *(_cell(scores, name) for name in STAGE2_METRICS))
+        ((kind, method or MISSING), scores)
         for kind, methods in stage2.items()
         for method, scores in methods.items()
     ]
-    columns = ("kind", "targets from", "F1", "F1, votes", "overall", "overall, votes", "soft AUC")
-    return Table(
-        "Stage II: reward models on held-out solutions",
-        (*columns, "says Yes", "unread"),
-        tuple(rows),
-    )
+    title = "Stage II: reward models on held-out solutions"
+    return estimates(title, ("kind", "targets from"), rows, STAGE2_COLUMNS)
 
 
 def _problems_table(problems: Mapping[str, Any]) -> Table:
-    names = ("f1", "majority_f1", "overall_accuracy", "soft_auc")
-    rows = [(n, *(_cell(scores, name) for name in names)) for n, scores in problems.items()]
-    columns = ("problems", "F1", "F1, votes", "overall", "soft AUC")
-    return Table("Stage II: PRM-CoT by the number of problems of stage I", columns, tuple(rows))
+    title = "Stage II: PRM-CoT by the number of problems of stage I"
+    rows = [((number,), scores) for number, scores in problems.items()]
+    return estimates(title, ("problems",), rows, PROBLEMS_COLUMNS)
 
 
 def _accuracy_table(part: str, arms: Mapping[str, Any]) -> Table:
@@ -413,7 +398,7 @@ def _behaviour_table(part: str, arms: Mapping[str, Any]) -> Table:
     rows = [
         (
             arm,
-            *(_last(scores["curves"], metric) for metric in BEHAVIOUR.values()),
+            *(_short(last(scores["curves"], metric)["estimate"]) for metric in BEHAVIOUR.values()),
             _short(scores["clipped"]["estimate"]),
         )
         for arm, scores in arms.items()
@@ -507,15 +492,5 @@ def _when(run: Mapping[str, Any]) -> str:
     return "meanwhile" if first <= fell["seen"] else "after"
 
 
-def _last(curves: Mapping[str, Any], metric: str) -> str:
-    if metric not in curves:
-        return MISSING
-    return _short(study.over_seeds([series[-1] for series in curves[metric]["values"]])["estimate"])
-
-
 def _short(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
-
-
-def _cell(scores: Mapping[str, Any], name: str) -> str:
-    return interval(scores[name], 3) if name in scores else MISSING

@@ -173,11 +173,13 @@ def _verifier(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def stage2_scores(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stage2_scores(
+    summaries: Sequence[Mapping[str, Any]], metrics: Sequence[str] = STAGE2_METRICS
+) -> dict[str, Any]:
     """metric → estimate over seeds; a trained model's scores stand under `held_out`."""
     scores = [summary.get("held_out", summary) for summary in summaries]
     flat = [{**s, "overall_accuracy": s["overall_accuracy"]["estimate"]} for s in scores]
-    names = [name for name in STAGE2_METRICS if any(name in score for score in flat)]
+    names = [name for name in metrics if any(name in score for score in flat)]
     return {name: over_seeds([score.get(name) for score in flat]) for name in names}
 
 

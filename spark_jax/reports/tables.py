@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 
 from spark_jax.reports import benchmarks
-from spark_jax.reports.benchmarks import MISSING, PIPED_WIDTH, Table
+from spark_jax.reports.benchmarks import MISSING, PIPED_WIDTH, Table, number
 from spark_jax.reports.study import over_seeds, stage2_metric
 
 TUNED_WORLD = "arithmetic_chains"
 DERIVED = "derived: the overall verdict taken to be Yes where every step is judged correct."
+STAGE1_COLUMNS = {
+    "step acc": "step_accuracy",
+    "overall acc": "overall_accuracy",
+    "derived acc": "derived_outcome_accuracy",
+}
 MARGINS = "Margins here are a property of this world, tuned so that voting matters."
 
 
@@ -35,15 +40,43 @@ def stages(results: Mapping[str, Any]) -> list[Table]:
     ]  # fmt: skip
 
 
-def stage1(title: str, scores: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Table:
+def stage1(
+    title: str, scores: Mapping[str, Any], notes: tuple[str, ...] = (), decimals: int = 2
+) -> Table:
     """The table of `study.stage1_scores`."""
     rows = [
-        (method, n, *(interval(metric) for metric in metrics.values()))
+        ((method, n), metrics)
         for method, by_count in scores.items()
         for n, metrics in by_count.items()
     ]
-    columns = ("method", "N", "step acc", "overall acc", "derived acc")
-    return Table(title, columns, tuple(rows), notes)
+    return estimates(title, ("method", "N"), rows, STAGE1_COLUMNS, notes, decimals)
+
+
+def estimates(
+    title: str,
+    names: tuple[str, ...],
+    rows: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]],
+    columns: Mapping[str, str],
+    notes: tuple[str, ...] = (),
+    decimals: int = 3,
+) -> Table:
+    """Make a table of estimates over seeds.
+
+    Args:
+        names: headings of the cells that say what a row is about.
+        rows: those cells of each row, and its metric → estimate.
+        columns: heading → metric; `–` in a row that does not have the metric.
+        notes: sentences below the table.
+        decimals: of the bounds.
+    """
+    cells = [
+        (
+            *row,
+            *(interval(scores[m], decimals) if m in scores else MISSING for m in columns.values()),
+        )
+        for row, scores in rows
+    ]
+    return Table(title, (*names, *columns), tuple(cells), notes)
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
@@ -104,7 +137,7 @@ def stage2(title: str, methods: Mapping[str, Any], notes: tuple[str, ...] = ()) 
             *(
                 interval(scores[name])
                 if name in ("f1", "overall_accuracy")
-                else _number(scores[name])
+                else number(scores[name]["estimate"])
                 for name in (*names, "overall_accuracy")
             ),
         )
@@ -120,8 +153,8 @@ def _stage3(title: str, results: Mapping[str, Any]) -> Table:
             arm,
             interval(scores["before"]),
             interval(scores["after"]),
-            _number(_last(scores["curves"], "eval/response_length"), 1),
-            _number(_last(scores["curves"], "policy/entropy")),
+            number(last(scores["curves"], "eval/response_length")["estimate"], 1),
+            number(last(scores["curves"], "policy/entropy")["estimate"]),
         )
         for arm, scores in results["stage3"].items()
     ]
@@ -149,10 +182,6 @@ def _reading(seeds: int) -> str:
     )
 
 
-def _last(curves: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def last(curves: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """Over seeds, at the last step."""
     return over_seeds([series[-1] for series in curves.get(metric, {"values": []})["values"]])
-
-
-def _number(value: Mapping[str, Any], decimals: int = 3) -> str:
-    return MISSING if value["estimate"] is None else f"{value['estimate']:.{decimals}f}"
