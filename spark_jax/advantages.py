@@ -510,6 +510,12 @@ class Advantage:
         return {name: _plain_type(hints[name]) for name in names}
 
 
+def all_options() -> dict[str, type]:
+    """The options of all advantages and their types, by name."""
+    found = {name: kind for one in ADVANTAGES.values() for name, kind in one.options.items()}
+    return dict(sorted(found.items()))
+
+
 @dataclasses.dataclass(frozen=True)
 class AdvantageSettings:
     """An advantage by name, with its options: hashable, a static argument of compiled programs."""

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jax import advantages
-from spark_jax.advantages import ADVANTAGES, Advantage, AdvantageInputs
+from spark_jax.advantages import ADVANTAGES, Advantage, AdvantageInputs, all_options
 
 EPS = 1e-6
 SHAPES = [(3, 4), (6, 2), (12, 1)]  # prompts, group size; one B, so that most programs are shared
@@ -645,5 +645,5 @@ def test_options_are_the_functions_keyword_arguments():
         "normalize_std": bool,
         "eps": float,
     }
-    assert ADVANTAGES["spro"].options["process_std"] is float
-    assert ADVANTAGES["spro"].options["granularity"] is str
+    assert all_options()["process_std"] is float
+    assert all_options()["granularity"] is str
