@@ -18,6 +18,7 @@ from spark_jax.experiments import (
     pod_plan,
     pod_programs,
     pod_worker,
+    rl_setup,
     train_rl,
 )
 from spark_jax.experiments.configuration import ConfigError
@@ -366,7 +367,7 @@ def test_a_run_calls_the_policy_step_with_these_shapes(
     )
     lowered = program.lower()
     expected = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.args_info[0])
-    monkeypatch.setattr(train_rl, "compiled_step", lambda *settings: call)
+    monkeypatch.setattr(rl_setup, "compiled_step", lambda *settings: call)
     with pytest.raises(Stop):
         train_rl.run(config, tmp_path)
     assert jax.tree.map(shape, called[0]) == expected

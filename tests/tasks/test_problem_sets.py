@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spark_jax.data import problems
 from spark_jax.data.problems import Loaded, question_key
-from spark_jax.tasks import problem_sets, problems
+from spark_jax.tasks import problem_sets
 from spark_jax.tasks.problem_sets import DATA_VARIABLE, PROBLEM_SETS, DataOptions, splits
 
 TEST_ONLY = ("math500", "aime24", "aime25", "amc23", "olympiadbench", "minerva")
