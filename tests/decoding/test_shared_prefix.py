@@ -169,5 +169,7 @@ def test_detection_equals_a_plain_loop(seed, grains, count):
     while all(len(p) > n + 1 and p[n] == prompts[0][n] for p in prompts):
         n += 1
     n -= n % PREFIX_GRAIN
-    assert shared_prefix(prompts, 1) == n
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sampler, "MIN_SHARED_PREFIX", 1)
+        assert shared_prefix(prompts) == n
     assert shared_prefix(prompts) == (n if n >= MIN_SHARED_PREFIX else 0)
