@@ -186,6 +186,7 @@ def test_examples_may_come_from_a_file(config, tmp_path):
         sft.task_examples(no_examples, byte_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_tried_on_processbench(config, reward_model, tmp_path):
     samples = [
         ProcessBenchSample(f"s{i}", "What is 1 + 1 + 1?", ("1 + 1 = 2", "2 + 1 = 4"), label, False)
@@ -205,7 +206,8 @@ def test_a_reward_model_is_tried_on_processbench(config, reward_model, tmp_path)
     assert (scores["erroneous"], scores["correct"]) == (2, 1)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", pytest.param("spro", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["grpo", "spro"])
 def test_rl_with_it_gives_a_policy_that_transformers_speaks_for(
     config, base, reward_model, tmp_path, advantage
 ):
