@@ -382,7 +382,7 @@ def test_scoring_in_batches_changes_nothing(shape, max_tokens):
         ({"evaluate__answer_from": "box"}, "'box'.*format.*last_boxed"),
         ({"evaluate__kind": "cot"}, "evaluate.kind='cot'.*prm_cot.*verifier"),
         ({"evaluate__chunk_size": 0}, "evaluate.chunk_size=0"),
-        ({"evaluate__top_p": 2.0}, "evaluate.top_p: top_p=2.0"),
+        ({"evaluate__top_p": 2.0}, "evaluate: top_p=2.0"),
         ({"evaluate__processbench__num_samples": 0}, "processbench.num_samples=0"),
         ({"evaluate__benchmarks__num_problems": 0}, "benchmarks.num_problems=0"),
         ({"evaluate__benchmarks__names": ("chess",)}, "names='chess'.*math500"),

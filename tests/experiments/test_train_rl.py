@@ -429,7 +429,7 @@ def test_groups_outside_the_filter_are_not_trained_on(config, tmp_path):
 def test_a_missing_reward_model_is_named(config, tmp_path):
     with pytest.raises(ValueError, match=r"needs rl.reward_model.*train_prm"):
         run(config, tmp_path, {})
-    with pytest.raises(ConfigError, match=r"rl.reward_model='runs/a/model' is no checkpoint"):
+    with pytest.raises(ConfigError, match=r"rl.reward_model='runs/a/model' is not a model"):
         run(config, tmp_path / "rl", {"rl.reward_model": "runs/a/model"})
     assert not (tmp_path / "rl").exists()
 
