@@ -184,7 +184,10 @@ def take_step(
         ),
         num_steps=MAX_STEPS,
     )
-    step_truth = tasks.step_labels(setup.task, problems, [s.text for s in samples], MAX_STEPS)
+    step_truth = None  # grading takes its time: only where process rewards are compared with it
+    if "ref_logprobs" in ADVANTAGES[rl.advantage].needs:
+        texts = [sample.text for sample in samples]
+        step_truth = tasks.step_labels(setup.task, problems, texts, MAX_STEPS)
     advantages, values = make_advantages(rl_setup.advantage_settings(config), inputs, step_truth)
     values |= rl_log.rollout_metrics(rollout, graded.rewards, inputs.mask, rl.group_size)
     kept = recording.is_recorded(config, step)
